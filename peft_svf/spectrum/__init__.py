@@ -1,1 +1,7 @@
-"""placeholder"""
+"""Numerics of one weight matrix: its singular basis and its fingerprint. Knows nothing of PEFT."""
+
+from peft_svf.spectrum.basis import SingularBasis, singular_basis, weight_change
+from peft_svf.spectrum.fingerprint import sketch_distance, weight_sketch
+
+
+__all__ = ["SingularBasis", "singular_basis", "sketch_distance", "weight_change", "weight_sketch"]

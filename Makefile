@@ -1,0 +1,26 @@
+# Everything a contributor runs. Each target builds its own virtual environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_WORKERS ?= 2
+
+.PHONY: demo test lint clean
+
+$(VENV)/.installed: pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[dev,plots]"
+	touch $@
+
+demo: $(VENV)/.installed  ## train three experts and answer mixed prompts, offline
+	$(BIN)/peft-svf demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed  ## the whole test-suite
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+
+lint: $(VENV)/.installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

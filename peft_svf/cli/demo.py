@@ -1,0 +1,135 @@
+"""`peft-svf demo`: the whole path on the playground, from rollouts to a pipeline that picks its own expert."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.utils import logging
+
+from peft_svf.cli.playground_experts import BASE_FOLDER, TrainingReport, train_expert
+from peft_svf.experts import ExpertBank
+from peft_svf.playground import BANK_FOLDER, generate_problems
+from peft_svf.playground.families import FAMILIES
+from peft_svf.trainers.evaluation import evaluate_success
+from peft_svf.trainers.statistics import paired_difference_interval, wilson_interval
+from peft_svf.trainers.tasks.playground import PLAYGROUND_TASKS
+
+
+@dataclass(frozen=True)
+class FamilyResult:
+    """Success of base and expert on the same held-out prompts of one family."""
+
+    base: list[bool]
+    expert: list[bool]
+    training: TrainingReport
+
+
+def run_demo(output: Path, steps: int, seed: int, test_prompts: int) -> None:
+    """Train, evaluate and answer; prints everything it finds and writes the bank to `output`."""
+    logging.set_verbosity_error()
+    started = time.perf_counter()
+    with TemporaryDirectory() as folder:
+        reports = train_experts(Path(folder), steps, seed)
+        bank = load_bank(Path(folder))
+        results = {family: evaluate_family(bank, family, test_prompts, reports[family]) for family in FAMILIES}
+        bank.save_pretrained(output, include_base=True)
+    print_answers(bank)
+    print_results(results)
+    print(f"\n{time.perf_counter() - started:.0f} s in all. The bank is in {output}:")
+    print(f'  import peft_svf; from transformers import pipeline; pipeline("transformer2-generation", "{output}")')
+
+
+def train_experts(folder: Path, steps: int, seed: int) -> dict[str, TrainingReport]:
+    """Train one expert a family into sub-folders of `folder`."""
+    reports = {}
+    for family in FAMILIES:
+        report = train_expert(PLAYGROUND_TASKS[family], folder / family, steps, seed)
+        reports[family] = report
+        print(
+            f"{family:9}  {steps} steps, {report.parameters} parameters, {report.seconds:.0f} s; greedy validation "
+            f"reward {report.base_validation_reward:+.2f} -> {report.validation_reward:+.2f}",
+            flush=True,
+        )
+    return reports
+
+
+def load_bank(folder: Path) -> ExpertBank:
+    """Bank of the experts just trained, described as in the embedded bank."""
+    embedded = ExpertBank.from_pretrained(BANK_FOLDER)
+    model = AutoModelForCausalLM.from_pretrained(BASE_FOLDER)
+    first, *others = FAMILIES
+    model = PeftModel.from_pretrained(model, str(folder / first), adapter_name=first)
+    for family in others:
+        model.load_adapter(str(folder / family), adapter_name=family)
+    return ExpertBank(model, AutoTokenizer.from_pretrained(BASE_FOLDER), embedded.experts, embedded.instruction)
+
+
+def evaluate_family(bank: ExpertBank, family: str, n: int, training: TrainingReport) -> FamilyResult:
+    """Greedy answers of base and expert to `n` held-out prompts."""
+    task = PLAYGROUND_TASKS[family]
+    dataset = task.load("test", n)
+    with bank.base_only() as model:
+        base = evaluate_success(model, bank.tokenizer, task, dataset, description=f"{family}: base")
+    bank.model.set_adapter(family)
+    expert = evaluate_success(bank.model, bank.tokenizer, task, dataset, description=f"{family}: expert")
+    return FamilyResult(base, expert, training)
+
+
+def mixed_prompts() -> list[str]:
+    """Held-out prompts of every family and one that no expert is for."""
+    drawn = [generate_problems(family, "test", 2, seed=1) for family in FAMILIES]
+    prompts = [problems[i].prompt for i in range(2) for problems in drawn]
+    return [
+        "Tom has 23 apples and buys 18 more. How many apples does Tom have?",
+        *prompts,
+        "Tell me a story about a king.",
+    ]
+
+
+def print_answers(bank: ExpertBank) -> None:
+    """Answer the mixed prompts in one batch; each is routed by the first pass and answered under its own expert."""
+    prompts = mixed_prompts()
+    pipe = pipeline("transformer2-generation", model=bank.model)
+    print("\nTransformer2Pipeline on mixed prompts")
+    for prompt, (record,) in zip(prompts, pipe(prompts, batch_size=len(prompts), max_new_tokens=30), strict=True):
+        expert, answer = record["expert"], record["generated_text"].strip().replace("\n", "\n" + " " * 23)
+        print(f"\n  {prompt}\n  {expert:>10} ({record['scores'][expert]:.2f})   {answer}")
+
+
+def print_results(results: dict[str, FamilyResult]) -> None:
+    """Base against expert on the same held-out prompts, greedy decoding."""
+    print("\nGreedy success on held-out prompts [95 % interval]")
+    rows = [("family", "n", "base", "expert", "gain in points", "parameters", "seconds")]
+    for family, result in results.items():
+        gain, low, high = paired_difference_interval(result.base, result.expert)
+        rows.append(
+            (
+                family,
+                str(len(result.base)),
+                format_share(result.base),
+                format_share(result.expert),
+                f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                str(result.training.parameters),
+                f"{result.training.seconds:.0f}",
+            )
+        )
+    print_table(rows)
+
+
+def format_share(successes: Sequence[bool]) -> str:
+    """`"47.3 % [41.7, 53.0]"`."""
+    low, high = wilson_interval(sum(successes), len(successes))
+    return f"{100 * sum(successes) / len(successes):.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of equal length in aligned columns; the first row is the header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,52 @@
+"""The bank as a checkpoint that transformers' Auto classes load (model type "transformer2")."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedConfig
+
+from peft_svf.experts.bank import MODEL_TYPE, ExpertBank
+
+
+class Transformer2Config(PreTrainedConfig):
+    """
+    A bank's config.json as transformers reads it: base_model_name_or_path, base_revision, experts, instruction.
+
+    `custom_pipelines` is dropped: it is for readers without peft_svf, and where it is present `pipeline()` asks for
+    `trust_remote_code=True` although the pipeline is registered here.
+    """
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict({k: v for k, v in config_dict.items() if k != "custom_pipelines"}, **kwargs)
+
+
+class Transformer2ForCausalLM:
+    """What `AutoModelForCausalLM.from_pretrained(<bank>)` resolves to: loads the bank and returns its PeftModel."""
+
+    config_class = Transformer2Config
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> PeftModel:
+        """
+        Load a bank; `expert_bank` on the returned `PeftModel` is the `ExpertBank`.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): the bank's folder or Hub id.
+            kwargs: revision and token of the bank; the rest goes to the base model's `from_pretrained`.
+
+        Raises:
+            ExpertBankError: see [`ExpertBank.from_pretrained`].
+        """
+        for name in ("config", "trust_remote_code", "code_revision", "adapter_kwargs", "_from_pipeline", "_from_auto"):
+            kwargs.pop(name, None)  # about the bank, not about the base model
+        revision = kwargs.pop("revision", None)
+        revision = None if revision is None else str(getattr(revision, "resolved", revision))
+        bank = ExpertBank.from_pretrained(pretrained_model_name_or_path, revision=revision, **kwargs)
+        bank.model.expert_bank = bank
+        return bank.model

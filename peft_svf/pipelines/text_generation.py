@@ -1,0 +1,126 @@
+"""Transformer2Pipeline: text generation in which every prompt is answered by the expert it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig, TextGenerationPipeline
+from transformers.pipelines.text_generation import ReturnType
+from transformers.utils.chat_template_utils import Chat
+
+from peft_svf.pipelines.routing import RoutingMixin
+
+
+class Transformer2Pipeline(RoutingMixin, TextGenerationPipeline):
+    """
+    transformers' text generation pipeline with the self-adaptation of Transformer² (arXiv 2501.06252, section 3.2).
+
+    First pass: a dispatcher chooses an expert for each prompt, or the base model. Second pass: the whole batch is
+    generated at once, each row under its own expert. Everything `TextGenerationPipeline` takes works here: lists,
+    chats, datasets, generators, `batch_size`, `num_return_sequences`, beams, streamers, generation kwargs. What differs:
+
+    - Greedy decoding, at most 256 new tokens and never more than the context has room for, unless the model's
+      generation config or the call says otherwise.
+    - A text is one user message if the tokenizer has a chat template, and `generated_text` is the answer alone
+      (`return_full_text=True` puts the text in front of it). Chats behave as in text generation.
+    - Every record carries `expert` (the chosen expert's name, or "others" for the base model) and `scores` (label to
+      probability; `None` where the expert was pinned).
+
+    Args:
+        model (`str`, `ExpertBank`, `PeftModel` or `PreTrainedModel`):
+            A bank's folder or Hub id, a bank, a `PeftModel` with SVF adapters (each becomes an expert whose label is
+            its name), or a causal language model (then everything goes to the base model). With
+            `pipeline("transformer2-generation")` and no model, the playground bank inside this package.
+        tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): defaults to the bank's.
+        dispatcher (`Dispatcher`, *optional*): defaults to `PromptDispatcher(bank)`.
+        kwargs: as for `TextGenerationPipeline`, and `expert`, the expert of every call that names no other.
+
+    Raises:
+        ValueError: not a causal language model. On a call: an unknown expert, an empty prompt or chat, a prompt that
+            does not fit the context.
+        ExpertBankError: the model is not a bank, or an expert does not belong to its base.
+
+    Example:
+
+    ```python
+    >>> import peft_svf
+    >>> from transformers import pipeline
+
+    >>> pipe = pipeline("transformer2-generation")
+    >>> pipe("Tom has 23 apples and buys 18 more. How many apples does Tom have?")
+    >>> pipe([{"text": "7 + 5 = ?", "expert": "math"}, "Write a function."], batch_size=2, max_new_tokens=32)
+    ```
+    """
+
+    _default_generation_config = GenerationConfig(max_new_tokens=256, do_sample=False)
+
+    def __call__(self, text_inputs: Any, **kwargs: Any) -> Any:
+        """
+        Answer one or several prompts.
+
+        Args:
+            text_inputs (`str`, chat, `dict`, or a list, dataset or generator of them):
+                A dict is `{"text": ..., "expert": ...}` or `{"messages": ..., "expert": ...}`; its expert is optional.
+            expert (`str`, *optional*): pin the expert of all prompts, "others" for the base model; no first pass then.
+            kwargs: as for `TextGenerationPipeline`.
+
+        Returns:
+            A list of records for one prompt (one for each returned sequence), a list of such lists for several.
+        """
+        if isinstance(text_inputs, list | tuple) and not text_inputs:
+            raise ValueError("There is nothing to answer: the list of prompts (or the chat) is empty.")
+        return super().__call__(text_inputs, **kwargs)
+
+    def _preprocess_prompt(self, prompt: str | Chat, **kwargs: Any) -> Any:
+        is_text = isinstance(prompt, str)
+        if is_text and self.tokenizer.chat_template is not None:
+            model_inputs = super()._preprocess_prompt(Chat([{"role": "user", "content": prompt}]), **kwargs)
+            model_inputs["prompt_text"] = prompt
+        else:
+            model_inputs = super()._preprocess_prompt(prompt, **kwargs)
+        self._check_context(model_inputs["input_ids"].shape[-1], kwargs)
+        return model_inputs
+
+    @property
+    def _context_length(self) -> int | None:
+        return getattr(self.bank.base_model.config.get_text_config(), "max_position_embeddings", None)
+
+    def _check_context(self, prompt_tokens: int, generate_kwargs: dict[str, Any]) -> None:
+        context = self._context_length
+        if context is None:
+            return
+        new_tokens = self._asked_new_tokens(prompt_tokens, generate_kwargs)
+        if prompt_tokens + (new_tokens or 1) <= context:
+            return
+        room = context - prompt_tokens
+        remedy = f"pass max_new_tokens={room} or shorten the prompt" if room > 0 else "shorten the prompt"
+        asked = f" and max_new_tokens is {new_tokens}" if new_tokens else ""
+        raise ValueError(f"The prompt has {prompt_tokens} tokens{asked}, but the model's context is {context}; {remedy}.")
+
+    def _asked_new_tokens(self, prompt_tokens: int, generate_kwargs: dict[str, Any]) -> int | None:
+        """How many tokens user or model ask for; `None` if that is left to the pipeline."""
+        if "generation_config" not in generate_kwargs:
+            generate_kwargs = {**self._generate_kwargs, **generate_kwargs}
+        asked = self._get_set_generation_params(generate_kwargs)
+        if asked.get("max_new_tokens") is not None:
+            return int(asked["max_new_tokens"])
+        return int(asked["max_length"]) - prompt_tokens if asked.get("max_length") is not None else None
+
+    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
+        return super()._forward(model_inputs, prompt_length=model_inputs["input_ids"].shape[-1], **generate_kwargs)
+
+    def _prepare_generate_kwargs(self, generate_kwargs: dict[str, Any], **overrides: Any) -> dict[str, Any]:
+        # The default number of new tokens yields to the room that the longest prompt of the batch leaves
+        prompt_length = generate_kwargs.pop("prompt_length", None)
+        if prompt_length is not None and self._context_length is not None:
+            if self._asked_new_tokens(prompt_length, generate_kwargs) is None:
+                room = self._context_length - prompt_length
+                overrides["max_new_tokens"] = min(self._default_generation_config.max_new_tokens, room)
+        return super()._prepare_generate_kwargs(generate_kwargs, **overrides)
+
+    def postprocess(self, model_outputs: Any, return_type: ReturnType | None = None, **kwargs: Any) -> Any:
+        """Text or chat records; a text prompt gets the answer alone unless the full text was asked for."""
+        if return_type is None:
+            is_text = isinstance(model_outputs["prompt_text"], str)
+            return_type = ReturnType.NEW_TEXT if is_text else ReturnType.FULL_TEXT
+        return super().postprocess(model_outputs, return_type=return_type, **kwargs)

@@ -1,0 +1,92 @@
+"""Generated problems: reproducible, split without overlap, right answers right and slips wrong."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from peft_svf.playground import SPLITS, Problem, generate_problems
+from peft_svf.playground.families import FAMILIES, MAKERS
+from peft_svf.trainers.tasks.playground import PLAYGROUND_TASKS, math_reward, reasoning_reward
+
+
+TRAINED = sorted(PLAYGROUND_TASKS)
+
+
+@pytest.mark.parametrize("family", sorted(MAKERS))
+def test_same_seed_gives_the_same_problems_and_another_seed_gives_others(family: str) -> None:
+    first = generate_problems(family, "test", 20, seed=3)
+    assert first == generate_problems(family, "test", 20, seed=3)
+    assert first != generate_problems(family, "test", 20, seed=4)
+    assert len({problem.prompt for problem in first}) == 20
+
+
+@pytest.mark.parametrize("family", TRAINED)
+def test_splits_share_neither_prompt_nor_problem(family: str) -> None:
+    keys = {split: {problem.key for problem in generate_problems(family, split, 200)} for split in SPLITS}
+    assert not keys["train"] & keys["validation"]
+    assert not keys["train"] & keys["test"]
+    assert not keys["validation"] & keys["test"]
+
+
+def test_unknown_family_and_split_and_too_many_prompts_are_named() -> None:
+    with pytest.raises(ValueError, match="Unknown playground family 'history': choose one of math"):
+        generate_problems("history", "test", 1)
+    with pytest.raises(ValueError, match="Unknown split 'dev': choose one of train"):
+        generate_problems("math", "dev", 1)
+    with pytest.raises(ValueError, match="distinct prompts, 5000 were asked for"):
+        generate_problems("others", "test", 5000)
+
+
+def states_another_result(problem: Problem) -> bool:
+    """Two slips of a two-step problem can cancel: then the careless author states the right number."""
+    return problem.has_slip and not (problem.answer and problem.careless.split()[-1] == problem.careful.split()[-1])
+
+
+@pytest.mark.parametrize("family", TRAINED)
+def test_careful_answers_are_rewarded_and_slips_are_not(family: str) -> None:
+    task = PLAYGROUND_TASKS[family]
+    problems = generate_problems(family, "test", 100)
+    dataset = task.load("test", 100)
+    assert dataset["prompt"][0] == [{"role": "user", "content": problems[0].prompt}]
+    columns = {"answer": dataset["answer"][:], "tests": dataset["tests"][:]}
+    assert task.reward(completions=[problem.careful for problem in problems], **columns) == [1.0] * 100
+    expected = [-1.0 if states_another_result(problem) else 1.0 for problem in problems]
+    assert task.reward(completions=[problem.careless for problem in problems], **columns) == expected
+    assert 0.35 < expected.count(-1.0) / 100 < 0.85
+
+
+@pytest.mark.parametrize("family", ["math", "math-hard"])
+def test_math_answers_equal_the_arithmetic_of_the_prompt(family: str) -> None:
+    for problem in generate_problems(family, "train", 300):
+        a, b, *rest = (int(number) for number in re.findall(r"\d+", problem.prompt))
+        result = a + b if family == "math-hard" or problem.kind == "add" else a - b
+        assert int(problem.answer) == result - sum(rest)
+
+
+def test_orderings_are_answered_as_a_sorted_list_would() -> None:
+    for problem in generate_problems("reasoning", "train", 300):
+        if problem.kind != "ordering":
+            continue
+        pairs = re.findall(r"(\w+) is (\w+) than (\w+)\.", problem.prompt)
+        chain = [pairs[0][0], *(loser for _, _, loser in pairs)]
+        asked = re.search(r"Who is the (\w+)\?", problem.prompt)
+        assert asked is not None
+        person = chain[0] if asked[1] in {"oldest", "tallest", "fastest", "richest"} else chain[-1]
+        options = dict(re.findall(r"([A-E])\) (\w+)", problem.prompt))
+        assert options[problem.answer] == person
+
+
+@pytest.mark.parametrize("completion", ["", "41", "= 41 apples", "= 41 = 42", "= 4", "the answer is = 41.", "= 041"])
+def test_math_reward_takes_only_the_stated_number(completion: str) -> None:
+    assert math_reward([completion], ["41"]) == [-1.0]
+
+
+@pytest.mark.parametrize("completion", ["", "A", "so A or B", "It is Tom, so", "It is Tom, so F", "so A so B", "so a"])
+def test_reasoning_reward_takes_only_the_stated_letter(completion: str) -> None:
+    assert reasoning_reward([completion], ["A"]) == [-1.0]
+
+
+def test_families_of_experts_are_the_trained_ones() -> None:
+    assert set(FAMILIES) == {family for family in TRAINED if not family.endswith("-hard")}
