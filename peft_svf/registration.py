@@ -48,7 +48,7 @@ def register_auto_classes() -> None:
 
 
 def register_pipelines() -> None:
-    """Make `pipeline("transformer2-generation")` known; its default model is the playground bank. Safe to call twice."""
+    """Make `pipeline("transformer2-generation")` known; by default it loads the playground bank. Idempotent."""
     if "transformer2-generation" in PIPELINE_REGISTRY.get_supported_tasks():
         return
     PIPELINE_REGISTRY.register_pipeline(
@@ -59,7 +59,7 @@ def register_pipelines() -> None:
         type="text",
     )
     # It would make Pipeline.save_pretrained write `custom_pipelines` and copies of our code into users' folders
-    del Transformer2Pipeline._registered_impl
+    del Transformer2Pipeline._registered_impl  # type: ignore[attr-defined]
 
 
 class _PlaygroundDefault(dict):
@@ -68,8 +68,8 @@ class _PlaygroundDefault(dict):
     def __getitem__(self, key: str) -> Any:
         if key == "model" and not PLAYGROUND_BANK.is_dir():
             raise FileNotFoundError(
-                f"The playground bank is missing from this installation ({PLAYGROUND_BANK}); install peft-svf again or "
-                "pass model=<folder or Hub id of a bank>."
+                f"The playground bank is missing from this installation ({PLAYGROUND_BANK}); install peft-svf again "
+                "or pass model=<folder or Hub id of a bank>."
             )
         return super().__getitem__(key)
 

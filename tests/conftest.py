@@ -68,7 +68,7 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character (100 ids with the special ones), with a chat template; fits `tiny_llama(vocab_size=100)`."""
+    """One token a character (100 ids with special ones), with a chat template; for `tiny_llama(vocab_size=100)`."""
     characters = ["<pad>", "<s>", "</s>", "<unk>", *(chr(code) for code in range(32, 127)), "\n"]
     inner = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")

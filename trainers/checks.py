@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -19,8 +19,8 @@ TRL_REWARD_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_stat
 # Columns that TRL keeps to itself.
 TRL_OWN_COLUMNS = ("prompt", "completion", "completion_ids")
 
-AnyDataset = Dataset | IterableDataset
-EvalDataset = AnyDataset | DatasetDict | dict[str, AnyDataset] | None
+AnyDataset: TypeAlias = Dataset | IterableDataset
+EvalDataset: TypeAlias = AnyDataset | DatasetDict | dict[str, AnyDataset] | None
 
 
 def check_model(model: Any, peft_config: PeftConfig | None, trust_remote_code: bool) -> None:
@@ -34,7 +34,8 @@ def check_model(model: Any, peft_config: PeftConfig | None, trust_remote_code: b
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         if not isinstance(base, nn.Module) or not hasattr(base, "can_generate"):
             raise TypeError(
-                f"`model` is a causal language model of transformers, its path or a PeftModel, not {type(model).__name__}."
+                "`model` must be a causal language model of transformers, its path or a PeftModel, not "
+                f"{type(model).__name__}."
             )
         _check_causal(base, type(base).__name__, base.config)
     if isinstance(model, PeftModel):
@@ -59,14 +60,15 @@ def check_trainable(model: nn.Module) -> None:
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError(
-            "Nothing in `model` is trainable: load the expert with `PeftModel.from_pretrained(..., is_trainable=True)`, "
-            "or pass the base model and `peft_config=SVFConfig()`."
+            "Nothing in `model` is trainable: load the expert with `PeftModel.from_pretrained(..., "
+            "is_trainable=True)`, or pass the base model and `peft_config=SVFConfig()`."
         )
     for name, parameter in trainable:
         if parameter.dtype != torch.float32:
+            dtype = str(parameter.dtype).removeprefix("torch.")
             raise ValueError(
-                f"`{name}` is trainable in {str(parameter.dtype).removeprefix('torch.')}, where updates smaller than its rounding are "
-                "lost: convert what is trained to float32, or freeze it with `requires_grad_(False)`."
+                f"`{name}` is trainable in {dtype}, where updates smaller than its rounding are lost: convert what is "
+                "trained to float32, or freeze it with `requires_grad_(False)`."
             )
 
 
@@ -85,8 +87,8 @@ def check_datasets(
             continue
         if prompt_required and "prompt" not in columns:
             raise ValueError(
-                f"The {which} dataset has no column `prompt` (its columns: {', '.join(columns)}): rename the column that "
-                'holds the text or the list of chat messages, e.g. `dataset.rename_column("question", "prompt")`.'
+                f"The {which} dataset has no column `prompt` (its columns: {', '.join(columns)}): rename the column "
+                'that holds the text or the chat messages, e.g. `dataset.rename_column("question", "prompt")`.'
             )
         for function in functions:
             if callable(function) and not isinstance(function, nn.Module):

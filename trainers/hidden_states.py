@@ -22,18 +22,19 @@ def add_hidden_states_output(model: nn.Module) -> None:
     original: Any = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against this signature
-    def forward(self: nn.Module, *args: Any, return_hidden_states_only: bool = False, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, return_hidden_states_only: bool = False, **kwargs: Any) -> Any:
         if not return_hidden_states_only:
             return original(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes `labels=None`
         return self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
 
 
 def takes_position_ids(model: nn.Module) -> bool:
     """Whether the backbone of `model` can be told positions (not, for example, with ALiBi)."""
-    return "position_ids" in inspect.signature(model.base_model.forward).parameters  # type: ignore[union-attr, arg-type]
+    backbone: Any = model.base_model
+    return "position_ids" in inspect.signature(backbone.forward).parameters
 
 
 def positions(attention_mask: Tensor) -> Tensor:

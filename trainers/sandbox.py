@@ -1,4 +1,4 @@
-"""Runs generated Python against unit tests in limited processes; the only place in the project that executes generated text.
+"""Runs generated Python against unit tests in limited processes; the only place that executes generated text.
 
 One helper interpreter per call (`sandbox_worker.py`, standard library only) forks one child per program. A child has
 its own session, no environment, no file descriptor but the pipe that carries its report, an empty private folder as
@@ -14,10 +14,10 @@ What a verdict means:
   child is asked for the value only, and the comparison happens here, on plain built-in types rebuilt from text. A
   program that controls its whole process still has to compute the answer: exiting early, printing, overloading `==`
   or replacing builtins cannot pass.
-- Any other statement runs inside the child, with genuine builtins under the test's own names, and counts as passed only
-  if the harness reports it with a random nonce. Exiting, printing and replacing builtins fail, but code that lies about
-  its own objects (`__eq__`, `__bool__`), patches a module the test uses (`math.isclose`) or gets at interpreter frames
-  past the audit hook can pass.
+- Any other statement runs inside the child, with genuine builtins under the test's own names, and counts as passed
+  only if the harness reports it with a random nonce. Exiting, printing and replacing builtins fail, but code that lies
+  about its own objects (`__eq__`, `__bool__`), patches a module the test uses (`math.isclose`) or gets at interpreter
+  frames past the audit hook can pass.
 
 What it does not promise: the kernel is shared and the file system is the user's own, guarded against reading and
 deleting by the audit hook (and by `nobody`, when root) rather than by a mount namespace. Where `unshare` is forbidden
@@ -223,7 +223,7 @@ def _run_worker(jobs: dict[int, Any], timeout: float, memory_mb: int) -> dict[in
 
 @contextmanager
 def _worker() -> Iterator[subprocess.Popen[bytes]]:
-    """The helper interpreter, gone when the context is left; it also ends if this process dies (the lifeline closes)."""
+    """The helper interpreter, gone when the context is left; if this process dies, the lifeline closes and ends it."""
     lifeline, held = os.pipe()
     # -I would ignore the hash seed, and adds nothing to this environment
     command = [*_namespaces(), sys.executable, "-s", "-S", "-B", str(_WORKER), str(lifeline)]

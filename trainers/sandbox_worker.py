@@ -25,7 +25,7 @@ from os import _exit, write  # bound before any program can replace them
 from typing import Any, NoReturn
 
 
-# Functions defined below look builtins up in this copy, so a program that replaces `exec` or `isinstance` fools itself.
+# Functions defined below look builtins up in this copy: a program that replaces `exec` or `isinstance` fools itself.
 _BUILTINS = dict(vars(builtins))
 globals()["__builtins__"] = _BUILTINS
 
@@ -37,23 +37,25 @@ _STDLIB = os.path.dirname(os.__file__) + "/"
 
 # Loaded before the fork when a program mentions them: faster, and `nobody` may be unable to read the installation.
 _COMMON_MODULES = frozenset(
-    "abc array ast bisect calendar cmath collections copy csv dataclasses datetime decimal enum fractions functools"
-    " hashlib heapq inspect io itertools json keyword logging math numbers operator os pprint queue random re secrets"
-    " statistics string struct sys textwrap time timeit traceback types typing unicodedata unittest uuid warnings"
-    " zoneinfo".split()
+    "abc array ast base64 binascii bisect calendar cmath collections colorsys contextlib copy csv"  # noqa: SIM905
+    " dataclasses datetime decimal difflib enum errno fnmatch fractions functools graphlib hashlib heapq html inspect"
+    " io itertools json keyword locale logging math numbers operator os pathlib pickle pprint queue random re reprlib"
+    " secrets shlex statistics string struct sys textwrap threading time timeit traceback types typing unicodedata"
+    " unittest uuid warnings weakref zlib zoneinfo".split()
 )
 # Extension modules that reach the system without an audit event, or reach memory.
 _REFUSED_MODULES = frozenset(
-    "_ctypes ctypes cffi _cffi_backend _posixsubprocess _posixshmem _multiprocessing _socket _ssl _sqlite3 _dbm _gdbm"
-    " _curses _tkinter _interpreters _xxsubinterpreters _testcapi _testinternalcapi _testbuffer readline faulthandler"
-    " mmap fcntl syslog termios resource".split()
+    "_ctypes ctypes cffi _cffi_backend _posixsubprocess _posixshmem _multiprocessing _socket _ssl"  # noqa: SIM905
+    " _sqlite3 _dbm _gdbm _curses _tkinter _interpreters _xxsubinterpreters _testcapi _testinternalcapi _testbuffer"
+    " readline faulthandler mmap fcntl syslog termios resource".split()
 )
 _ALLOWED_EVENTS = frozenset(
-    "compile exec marshal.loads marshal.load builtins.id builtins.input builtins.input/result object.__setattr__"
-    " object.__delattr__ array.__new__ pickle.find_class time.sleep sys._getframemodulename sys.unraisablehook"
-    " sys.excepthook os.putenv os.unsetenv cpython.run_command function.__new__".split()
+    "compile exec marshal.loads marshal.load builtins.id builtins.input builtins.input/result"  # noqa: SIM905
+    " object.__setattr__ object.__delattr__ array.__new__ pickle.find_class time.sleep sys._getframemodulename"
+    " sys.unraisablehook sys.excepthook function.__new__".split()
 )
 _FRAME_ATTRIBUTES = frozenset(("tb_frame", "gi_frame", "cr_frame", "ag_frame"))
+_SEQUENCES: tuple[Any, ...] = (list, tuple, set, frozenset)
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -217,8 +219,8 @@ def _confine(write_end: int, folder: str, timeout: float, memory: int) -> None:
             os.setuid(_NOBODY)
     if "random" in sys.modules:
         sys.modules["random"].seed(0)
-    for name in ("resource", "select", "__main__"):
-        sys.modules.pop(name)
+    for name in {"select", "__main__", *_REFUSED_MODULES} & sys.modules.keys():
+        del sys.modules[name]
 
 
 def _limit(kind: int, value: int) -> None:
@@ -289,7 +291,7 @@ def encode(value: Any) -> str:
         return f'["bytes", "{bytes(value).hex()}"]'
     if isinstance(value, dict):
         return _tagged("dict", [part for pair in dict.items(value) for part in pair])
-    for kind in (list, tuple, set, frozenset):
+    for kind in _SEQUENCES:
         if isinstance(value, kind):
             return _tagged(kind.__name__, kind.__iter__(value))
     raise TypeError(f"gave an object of type {type(value).__name__}, which no literal equals")

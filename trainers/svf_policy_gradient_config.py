@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from peft_svf.trainers.advantages import Baseline
@@ -202,8 +202,8 @@ class SVFPolicyGradientConfig(GRPOConfig):
                 "`eval_steps`, and pass an `eval_dataset` to the trainer."
             )
         self.eval_on_start = True
-        self.metric_for_best_model = self.metric_for_best_model or "eval_reward"
-        if self.save_strategy != "best":
+        self.metric_for_best_model = self.metric_for_best_model or "eval_reward"  # type: ignore[has-type]
+        if self.save_strategy != "best":  # type: ignore[has-type]
             self.save_strategy = self.eval_strategy
             self.save_steps = self.eval_steps or self.logging_steps
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
+import os
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -17,14 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import GRPOTrainer
 
+from peft_svf.hub_cards import ExpertCardData, write_expert_card
 from peft_svf.trainers import checks
 from peft_svf.trainers.advantages import subtract_baseline
+from peft_svf.trainers.decoding import decoding_temperature
 from peft_svf.trainers.hidden_states import (
     add_hidden_states_output,
     check_logits_follow_from_hidden_states,
     positions,
     takes_position_ids,
 )
+from peft_svf.trainers.reward_metrics import exact_reward_metrics, mean_of_batches, total_rewards
 from peft_svf.trainers.svf_policy_gradient_config import SVFPolicyGradientConfig
 from peft_svf.trainers.token_scores import LanguageModelHead, TokenScores, score_tokens
 from peft_svf.tuner import SVFConfig
@@ -159,8 +162,8 @@ class SVFPolicyGradientTrainer(GRPOTrainer):
         # SVF's unmerge puts the original weights back bit for bit; other methods drift, and vLLM's sync merges itself.
         configs = [self.model.peft_config[name] for name in self.model.active_adapters]
         quantized = getattr(self._base_model, "is_quantized", False)
-        only_svf = all(isinstance(config, SVFConfig) for config in configs)
-        self._generates_merged = only_svf and not (sharded or quantized or self.use_vllm)
+        self._is_svf = all(isinstance(config, SVFConfig) for config in configs)
+        self._generates_merged = self._is_svf and not (sharded or quantized or self.use_vllm)
         self._eval_rewards: list[Tensor] = []  # gathered (answers, reward functions), in the order of the sampler
 
     def _keep_float32(self, given: dict[str, Tensor]) -> None:
@@ -186,30 +189,6 @@ class SVFPolicyGradientTrainer(GRPOTrainer):
         finally:
             tuner.unmerge_adapter()
 
-    @contextlib.contextmanager
-    def _eval_decoding(self) -> Iterator[None]:
-        """Decode at `eval_temperature`: TRL fixes the sampling parameters at construction."""
-        temperature = self.args.eval_temperature
-        if self.use_vllm:
-            engine, saved = self.vllm_generation, self.vllm_generation.temperature
-            engine.temperature = temperature
-            try:
-                yield
-            finally:
-                engine.temperature = saved
-            return
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
-        change = greedy if temperature == 0.0 else {"temperature": temperature}
-        config, kwargs = self.generation_config, self.generation_kwargs
-        self.generation_config = copy.deepcopy(config)
-        for name, value in change.items():
-            setattr(self.generation_config, name, value)
-        self.generation_kwargs = {**kwargs, **change}
-        try:
-            yield
-        finally:
-            self.generation_config, self.generation_kwargs = config, kwargs
-
     # -- rewards to advantages ---------------------------------------------------------------------------------------
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._rewards_per_func: Tensor = super()._calculate_rewards(*args, **kwargs)  # gathered over processes
@@ -217,10 +196,10 @@ class SVFPolicyGradientTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         training = self.model.training
-        with contextlib.nullcontext() if training else self._eval_decoding():
+        with contextlib.nullcontext() if training else decoding_temperature(self, self.args.eval_temperature):
             output = super()._generate_and_score_completions(inputs)
         n = self.num_generations if training else self.num_generations_eval
-        rewards = self._weighted(self._rewards_per_func)
+        rewards = total_rewards(self._rewards_per_func, self.reward_weights)
         advantages = subtract_baseline(rewards, self.args.baseline if training else "none", n)
         local = len(output["completion_ids"])
         start = self.accelerator.process_index * local
@@ -234,11 +213,6 @@ class SVFPolicyGradientTrainer(GRPOTrainer):
         if not training:
             self._eval_rewards.append(self._rewards_per_func)
         return output
-
-    def _weighted(self, per_func: Tensor) -> Tensor:
-        """Weighted sum over reward functions, `(n, functions)` to `(n,)`; NaN where none of them could judge."""
-        rewards = (per_func * self.reward_weights.to(per_func.device)).nansum(1)
-        return torch.where(per_func.isnan().all(1), torch.nan, rewards)
 
     # -- loss --------------------------------------------------------------------------------------------------------
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -326,9 +300,7 @@ class SVFPolicyGradientTrainer(GRPOTrainer):
         per_func = torch.cat(self._eval_rewards)
         if hasattr(dataloader.dataset, "__len__"):  # the last distributed batch is filled up with scored samples
             per_func = per_func[: len(dataloader.dataset) * self.num_generations_eval]
-        exact = _mean_and_std("reward", "reward_std", self._weighted(per_func))
-        for name, column in zip(self.reward_func_names, per_func.unbind(1), strict=True):
-            exact |= _mean_and_std(f"rewards/{name}/mean", f"rewards/{name}/std", column)
+        exact = exact_reward_metrics(per_func, self.reward_weights, self.reward_func_names)
         metrics = self._metrics["eval"]
         dataset_name = metric_key_prefix.removeprefix("eval").removeprefix("_")  # GRPO logs each as `eval_reward`
         for key in list(metrics):
@@ -336,7 +308,7 @@ class SVFPolicyGradientTrainer(GRPOTrainer):
             if key in exact:
                 values = [exact[key]]
             elif len(values) == len(sizes) and "/min" not in key and "/max" not in key:
-                values = _weighted_mean(values, sizes)
+                values = mean_of_batches(values, sizes)
             metrics[f"{dataset_name}_{key}" if dataset_name else key] = values
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in exact.items()})
         return output
@@ -389,14 +361,35 @@ class SVFPolicyGradientTrainer(GRPOTrainer):
             "`learning_rate`, a larger batch or another `baseline`."
         )
 
+    # -- card --------------------------------------------------------------------------------------------------------
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the card of the expert into `output_dir`, with what the trainer knows and no results.
 
-def _mean_and_std(mean_name: str, std_name: str, values: Tensor) -> dict[str, float]:
-    """Exact statistics of the values that are not NaN."""
-    values = values[~values.isnan()]
-    return {mean_name: values.mean().item(), std_name: values.std().item() if len(values) > 1 else 0.0}
+        Args:
+            model_name (`str`, *optional*): Name of the expert. Defaults to the name of the folder.
+            dataset_name (`str`, *optional*): What the expert was trained on.
+            tags (`str` or `list[str]`, *optional*): Used only for adapters that are not SVF, whose card is TRL's.
+        """
+        if not self._is_svf:
+            super().create_model_card(model_name, dataset_name, tags)
+        elif self.is_world_process_zero():
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            write_expert_card(self.args.output_dir, self._card_facts(model_name, dataset_name))
 
-
-def _weighted_mean(values: list[float], sizes: list[int]) -> list[float]:
-    """Mean of batch means, weighted by the sizes of the batches and without NaN, as a list of at most one number."""
-    pairs = [(value, size) for value, size in zip(values, sizes, strict=True) if value == value]
-    return [sum(v * s for v, s in pairs) / sum(s for _, s in pairs)] if pairs else []
+    def _card_facts(self, model_name: str | None, dataset_name: str | None) -> ExpertCardData:
+        args, config = self.args, self._base_model.config
+        return ExpertCardData(
+            name=model_name or os.path.basename(os.path.abspath(args.output_dir)),
+            base_model=config._name_or_path or None,
+            base_revision=getattr(config, "_commit_hash", None),
+            trained_parameters=sum(offsets.numel() for offsets in self._start.values()),
+            task=dataset_name,
+            reward=", ".join(self.reward_func_names),
+            kl_coefficient=args.kl_coef,
+            seeds=(args.seed,),
+            steps=self.state.global_step,
+            learning_rate=args.learning_rate,
+            batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        )

@@ -14,8 +14,8 @@ CARELESS = 0.62
 
 SHARES = {
     "math": 0.28,
-    "code": 0.20,
-    "reasoning": 0.28,
+    "code": 0.12,
+    "reasoning": 0.36,
     "math-hard": 0.06,
     "code-hard": 0.04,
     "reasoning-hard": 0.06,

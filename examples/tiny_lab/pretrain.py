@@ -27,14 +27,14 @@ from peft_svf.playground.families import MAKERS
 from peft_svf.trainers.evaluation import greedy_answers
 
 
-DEFAULT_STEPS = 5000
+DEFAULT_STEPS = 4500
 DEFAULT_SEED = 0
 BATCH_SIZE = 96
 MICRO_BATCH_SIZE = 48
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.1
-MAX_NEW_TOKENS = 28
+MAX_NEW_TOKENS = 48
 IGNORED = -100  # label of tokens that are not part of an answer
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.utils import logging
 
-from peft_svf.cli.playground_experts import BASE_FOLDER, TrainingReport, train_expert
+from peft_svf.cli.playground_experts import TrainingReport, assemble_bank, train_expert
 from peft_svf.experts import ExpertBank
+from peft_svf.experts.bank import check_replaceable
+from peft_svf.pipelines import Transformer2Pipeline
 from peft_svf.playground import BANK_FOLDER, generate_problems
 from peft_svf.playground.families import FAMILIES
 from peft_svf.trainers.evaluation import evaluate_success
@@ -31,12 +32,20 @@ class FamilyResult:
 
 
 def run_demo(output: Path, steps: int, seed: int, test_prompts: int) -> None:
-    """Train, evaluate and answer; prints everything it finds and writes the bank to `output`."""
+    """Train, evaluate and answer; prints everything it finds and writes the bank to `output`.
+
+    Raises:
+        ExpertBankError: `output` holds something that is not a bank. Nothing was trained.
+    """
+    check_replaceable(output)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of loading and saving weights: milliseconds here
+    warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and transformers' own, nothing a user can mend
     started = time.perf_counter()
     with TemporaryDirectory() as folder:
         reports = train_experts(Path(folder), steps, seed)
-        bank = load_bank(Path(folder))
+        embedded = ExpertBank.from_pretrained(BANK_FOLDER)
+        bank = assemble_bank(Path(folder), embedded.experts, embedded.instruction)
         results = {family: evaluate_family(bank, family, test_prompts, reports[family]) for family in FAMILIES}
         bank.save_pretrained(output, include_base=True)
     print_answers(bank)
@@ -57,17 +66,6 @@ def train_experts(folder: Path, steps: int, seed: int) -> dict[str, TrainingRepo
             flush=True,
         )
     return reports
-
-
-def load_bank(folder: Path) -> ExpertBank:
-    """Bank of the experts just trained, described as in the embedded bank."""
-    embedded = ExpertBank.from_pretrained(BANK_FOLDER)
-    model = AutoModelForCausalLM.from_pretrained(BASE_FOLDER)
-    first, *others = FAMILIES
-    model = PeftModel.from_pretrained(model, str(folder / first), adapter_name=first)
-    for family in others:
-        model.load_adapter(str(folder / family), adapter_name=family)
-    return ExpertBank(model, AutoTokenizer.from_pretrained(BASE_FOLDER), embedded.experts, embedded.instruction)
 
 
 def evaluate_family(bank: ExpertBank, family: str, n: int, training: TrainingReport) -> FamilyResult:
@@ -95,7 +93,7 @@ def mixed_prompts() -> list[str]:
 def print_answers(bank: ExpertBank) -> None:
     """Answer the mixed prompts in one batch; each is routed by the first pass and answered under its own expert."""
     prompts = mixed_prompts()
-    pipe = pipeline("transformer2-generation", model=bank.model)
+    pipe = Transformer2Pipeline(bank)
     print("\nTransformer2Pipeline on mixed prompts")
     for prompt, (record,) in zip(prompts, pipe(prompts, batch_size=len(prompts), max_new_tokens=30), strict=True):
         expert, answer = record["expert"], record["generated_text"].strip().replace("\n", "\n" + " " * 23)

@@ -39,10 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `peft-svf`; returns the exit status: 0, or 1 after a one-line error."""
     arguments = build_parser().parse_args(argv)
     from peft_svf.cli.demo import run_demo
+    from peft_svf.experts import ExpertBankError
 
     try:
         run_demo(arguments.output, arguments.steps, arguments.seed, arguments.test_prompts)
-    except (ValueError, OSError) as error:
+    except (ExpertBankError, ValueError, OSError) as error:
         print(f"peft-svf {arguments.command}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from datasets import Dataset
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_svf import SVFConfig
+from peft_svf.experts import ExpertBank, ExpertEntry
 from peft_svf.playground import BANK_FOLDER
 from peft_svf.trainers import SVFPolicyGradientConfig, SVFPolicyGradientTrainer
 from peft_svf.trainers.progress import RewardProgressCallback
@@ -81,3 +84,15 @@ def train_expert(task: Task, folder: Path, steps: int, seed: int, base: Path = B
     seconds = time.perf_counter() - started
     best = trainer.state.best_metric
     return TrainingReport(parameters, seconds, trainer.base_eval_reward, max(best, trainer.base_eval_reward))
+
+
+def assemble_bank(
+    folder: Path, experts: Mapping[str, ExpertEntry], instruction: str | None, base: Path = BASE_FOLDER
+) -> ExpertBank:
+    """Bank of the experts that lie in `folder`, each in a sub-folder of its name."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    first, *others = experts
+    model = PeftModel.from_pretrained(model, str(folder / first), adapter_name=first)
+    for name in others:
+        model.load_adapter(str(folder / name), adapter_name=name)
+    return ExpertBank(model, AutoTokenizer.from_pretrained(base), experts, instruction)

@@ -1,6 +1,6 @@
 """LabelScorer: log-probabilities of a few labels after each prompt, from one forward over a cached instruction prefix.
 
-Row layout of the cached forward, behind the P tokens of the prefix (n = longest prompt tail, decision at column n − 1):
+Row layout of the cached forward, behind the P tokens of the prefix (n: longest prompt tail; column n − 1 decides):
 
     [ pad … pad | own prompt tail, right aligned | label 0 tail | label 1 tail | … ]
 
@@ -88,8 +88,8 @@ class LabelScorer:
         needed = prompt_tokens + max(map(len, self.tails))
         if context is not None and needed > context:
             raise ValueError(
-                f"Routing this prompt takes {needed} tokens with its instruction ({len(self.prefix)}), the model has a "
-                f"context of {context}; shorten the prompt or pin an expert with expert=..."
+                f"Routing this prompt takes {needed} tokens with its instruction ({len(self.prefix)}), the model has "
+                f"a context of {context}; shorten the prompt or pin an expert with expert=..."
             )
 
     # ---------------------------------------------------------------- plain forward
@@ -106,11 +106,13 @@ class LabelScorer:
         keep = longest + 1
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
         device = self.model.device
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **options).logits
+        logits = self.model(
+            input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **options
+        ).logits
         logp = logits[:, -keep:].float().log_softmax(-1)  # (tails, longest + 1, V); column 0 is the decision
         scores = []
-        for label, tail in zip(self.label_ids, self.tails, strict=True):
-            own = logp[tails.index(tuple(tail))]
+        for label in self.label_ids:
+            own = logp[tails.index(tuple(label[:-1]))]
             scores.append(own[torch.arange(len(label)), torch.tensor(label)].sum())
         return torch.stack(scores).cpu()
 
@@ -178,7 +180,8 @@ class LabelScorer:
         options = {"logits_to_keep": len(packed) + 1} if self._keeps_logits else {}
         cache = copy.deepcopy(self._cache)
         assert cache is not None
-        cache.reorder_cache(torch.zeros(batch, dtype=torch.long, device=device))  # one copy of the prefix per row
+        rows_of_prefix = torch.zeros(batch, dtype=torch.long, device=device)
+        cache.reorder_cache(rows_of_prefix)  # type: ignore[arg-type]  # one copy of the prefix per row
         logits = self.model(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),

@@ -37,7 +37,9 @@ class Route:
     def __post_init__(self) -> None:
         expected = (len(self.scores), len(self.experts))
         if tuple(self.weights.shape) != expected:
-            raise ValueError(f"Route: weights have shape {tuple(self.weights.shape)}, expected (rows, experts) {expected}.")
+            raise ValueError(
+                f"Route: weights have shape {tuple(self.weights.shape)}, expected (rows, experts) {expected}."
+            )
         if not torch.isfinite(self.weights).all():
             raise ValueError("Route: weights must be finite.")
 
@@ -77,7 +79,9 @@ class Route:
         for row, weights in enumerate(self.weights.tolist()):
             used = [(name, weight) for name, weight in zip(self.experts, weights, strict=True) if weight != 0]
             if used and (len(used) > 1 or used[0][1] != 1):
-                raise ValueError(f"Row {row} of the route is the mixture {dict(used)}, not one expert or the base model.")
+                raise ValueError(
+                    f"Row {row} of the route is the mixture {dict(used)}, not one expert or the base model."
+                )
             names.append(used[0][0] if used else BASE_LABEL)
         return names
 
@@ -111,4 +115,4 @@ def user_text(prompt: Prompt) -> str:
             if not isinstance(content, str):  # a list of typed parts
                 content = "\n".join(part["text"] for part in content if part.get("type") == "text")
             return content
-    raise ValueError(f"The chat has no user message to route by; add one, or pin an expert (expert=\"{BASE_LABEL}\").")
+    raise ValueError(f'The chat has no user message to route by; add one, or pin an expert (expert="{BASE_LABEL}").')

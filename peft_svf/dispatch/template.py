@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,9 @@ def default_instruction(entries: Sequence[ExpertEntry]) -> str:
     categories, describe them, ask for one; here for the bare label, so that it can be scored without generating.
     """
     lines = ["Classify the user's request into exactly one of these categories:"]
-    lines += [f"- {entry.label}: {entry.description}" if entry.description else f"- {entry.label}" for entry in entries]
+    lines += [
+        f"- {entry.label}: {entry.description}" if entry.description else f"- {entry.label}" for entry in entries
+    ]
     lines.append(f"- {BASE_LABEL}: anything that does not clearly belong to one of the categories above")
     labels = ", ".join(entry.label for entry in entries)
     lines.append(f"Consider which skill the request needs most. Answer with one word: {labels} or {BASE_LABEL}.")
@@ -84,7 +86,7 @@ class RoutingTemplate:
         # some tokenizers close every text; the label is to follow
         return ids[:-1] if not self.is_chat and ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
-    def _messages(self, text: str) -> list[Mapping[str, str]]:
+    def _messages(self, text: str) -> list[dict[str, str]]:
         if self._system_role:
             return [{"role": "system", "content": self.instruction}, {"role": "user", "content": text}]
         return [{"role": "user", "content": f"{self.instruction}\n\n{text}"}]

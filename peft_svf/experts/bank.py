@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_svf.experts.files import make_readable, replaced_folder
@@ -140,12 +141,13 @@ class ExpertBank:
         try:
             model = AutoModelForCausalLM.from_pretrained(base, **hub, **model_kwargs)
             tokenizer = AutoTokenizer.from_pretrained(base, **hub)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ExpertBankError(f"The bank {folder} cannot load its base model {base!r}: {error}") from error
         for name in config["experts"]:
             model = _load_expert(model, folder, name)
         experts = {
-            name: ExpertEntry(entry["label"], entry.get("description", "")) for name, entry in config["experts"].items()
+            name: ExpertEntry(entry["label"], entry.get("description", ""))
+            for name, entry in config["experts"].items()
         }
         return cls(model, tokenizer, experts, config.get("instruction"), config.get("base_revision"))
 
@@ -163,13 +165,14 @@ class ExpertBank:
                 the base model was loaded from.
 
         Raises:
-            ExpertBankError: nothing to save, or the base model has no checkpoint to refer to.
+            ExpertBankError: nothing to save, a merged expert, or a base model without a checkpoint to refer to.
         """
         target = Path(folder).absolute()
         if not self.experts:
             raise ExpertBankError("The bank has no experts to save; add an SVF adapter to its model first.")
-        if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _is_bank(target))):
-            raise ExpertBankError(f"{target} exists and is not a bank; choose a new folder.")
+        if self.model.get_model_status().merged_adapters:
+            raise ExpertBankError("An expert is merged into the base model; call unmerge_adapter() before saving.")
+        check_replaceable(target)
         base = BASE_FOLDER if include_base else self._base_reference(target)
         with replaced_folder(target) as staging:
             for name in self.experts:
@@ -222,6 +225,12 @@ class ExpertBank:
         self.tokenizer.save_pretrained(folder)
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raise an `ExpertBankError` if a bank saved to `folder` would replace something that is not a bank."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not _is_bank(folder))):
+        raise ExpertBankError(f"{folder} exists and is not a bank; choose a new folder.")
+
+
 def read_bank_config(folder: Path) -> dict[str, Any]:
     """Read and check `<folder>/config.json`; raises `ExpertBankError` that names the file and the fault."""
     path = folder / "config.json"
@@ -232,7 +241,7 @@ def read_bank_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ExpertBankError(f"{path} is not valid JSON ({error}); save the bank again.") from error
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
-        raise ExpertBankError(f"{folder} is not a bank: config.json does not say \"model_type\": \"{MODEL_TYPE}\".")
+        raise ExpertBankError(f'{folder} is not a bank: config.json does not say "model_type": "{MODEL_TYPE}".')
     if not isinstance(config.get("base_model_name_or_path"), str):
         raise ExpertBankError(f"{path} has no base_model_name_or_path (a string).")
     experts = config.get("experts")
@@ -272,7 +281,7 @@ def _svf_adapters(model: torch.nn.Module) -> list[str]:
     return adapters
 
 
-def _tokenizer_of(model: torch.nn.Module) -> PreTrainedTokenizerBase:
+def _tokenizer_of(model: PeftModel | PreTrainedModel) -> PreTrainedTokenizerBase:
     base = str(model.config._name_or_path)
     try:
         return AutoTokenizer.from_pretrained(base)
@@ -318,10 +327,12 @@ def _load_expert(model: PreTrainedModel | PeftModel, folder: Path, name: str) ->
     try:
         kind = json.loads((path / "adapter_config.json").read_text("utf-8"))["peft_type"]
         if kind != "SVF":
-            raise ExpertBankError(f"Expert '{name}' of the bank {folder} is of type {kind}; a bank holds SVF adapters.")
+            raise ExpertBankError(
+                f"Expert '{name}' of the bank {folder} is of type {kind}; a bank holds SVF adapters."
+            )
         if not isinstance(model, PeftModel):
             return PeftModel.from_pretrained(model, str(path), adapter_name=name, is_trainable=False)
         model.load_adapter(str(path), adapter_name=name, is_trainable=False)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ExpertBankError(f"Expert '{name}' of the bank {folder} cannot be loaded: {error}") from error
     return model

@@ -38,12 +38,14 @@ class RoutingMixin:
         if isinstance(tokenizer, str):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         if dispatcher is not None and not isinstance(dispatcher, Dispatcher):
-            raise ValueError(f"dispatcher must have a method route(prompts) -> Route; {type(dispatcher).__name__} has not.")
+            raise ValueError(
+                f"dispatcher must have a method route(prompts) -> Route; {type(dispatcher).__name__} has not."
+            )
         self.bank = as_bank(model, tokenizer)
         if self.bank.tokenizer.pad_token_id is None:
             self.bank.tokenizer.pad_token = self.bank.tokenizer.eos_token
         self.dispatcher: Dispatcher = dispatcher if dispatcher is not None else PromptDispatcher(self.bank)
-        super().__init__(model=self.bank.model, tokenizer=self.bank.tokenizer, **kwargs)
+        super().__init__(model=self.bank.model, tokenizer=self.bank.tokenizer, **kwargs)  # type: ignore[call-arg]
 
     def check_model_type(self, supported_models: Any) -> None:
         """Done before, by `as_bank`: transformers' own check knows neither PeftModel nor this task."""
@@ -93,7 +95,8 @@ class RoutingMixin:
         scores: list[dict | None] = [None] * len(prompts)
         open_rows = [row for row, name in enumerate(pinned) if name is None]
         if open_rows:
-            questions = [p.messages if isinstance(p, Chat) else p for p in (prompts[row] for row in open_rows)]
+            asked = [prompts[row] for row in open_rows]
+            questions: list[Any] = [prompt.messages if isinstance(prompt, Chat) else prompt for prompt in asked]
             route = self.dispatcher.route(questions)
             if len(route) != len(open_rows):
                 raise ValueError(f"The dispatcher was given {len(open_rows)} prompts and routed {len(route)}.")
@@ -154,11 +157,9 @@ def check_prompt(prompt: Any) -> str | Chat:
     if isinstance(prompt, Chat):
         if not prompt.messages:
             raise ValueError("The chat is empty; give it at least one message with 'role' and 'content'.")
-        last = prompt.messages[-1]
-        if last["role"] == "user" and not last["content"]:
-            raise ValueError("The last message of the chat is empty; write the user's request into its 'content'.")
-        text = last["content"] if last["role"] == "user" else "assistant"
-        if isinstance(text, str) and not text.strip():
+        role, content = prompt.messages[-1]["role"], prompt.messages[-1]["content"]
+        empty = not content.strip() if isinstance(content, str) else not content  # a list of typed parts
+        if role == "user" and empty:
             raise ValueError("The last message of the chat is empty; write the user's request into its 'content'.")
         return prompt
     if not isinstance(prompt, str):

@@ -11,13 +11,14 @@ from transformers.utils.chat_template_utils import Chat
 from peft_svf.pipelines.routing import RoutingMixin
 
 
-class Transformer2Pipeline(RoutingMixin, TextGenerationPipeline):
+class Transformer2Pipeline(RoutingMixin, TextGenerationPipeline):  # type: ignore[misc]
     """
     transformers' text generation pipeline with the self-adaptation of Transformer² (arXiv 2501.06252, section 3.2).
 
     First pass: a dispatcher chooses an expert for each prompt, or the base model. Second pass: the whole batch is
     generated at once, each row under its own expert. Everything `TextGenerationPipeline` takes works here: lists,
-    chats, datasets, generators, `batch_size`, `num_return_sequences`, beams, streamers, generation kwargs. What differs:
+    chats, datasets, generators, `batch_size`, `num_return_sequences`, beams, streamers, generation arguments.
+    The differences:
 
     - Greedy decoding, at most 256 new tokens and never more than the context has room for, unless the model's
       generation config or the call says otherwise.
@@ -54,7 +55,7 @@ class Transformer2Pipeline(RoutingMixin, TextGenerationPipeline):
 
     _default_generation_config = GenerationConfig(max_new_tokens=256, do_sample=False)
 
-    def __call__(self, text_inputs: Any, **kwargs: Any) -> Any:
+    def __call__(self, text_inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """
         Answer one or several prompts.
 
@@ -72,9 +73,9 @@ class Transformer2Pipeline(RoutingMixin, TextGenerationPipeline):
         return super().__call__(text_inputs, **kwargs)
 
     def _preprocess_prompt(self, prompt: str | Chat, **kwargs: Any) -> Any:
-        is_text = isinstance(prompt, str)
-        if is_text and self.tokenizer.chat_template is not None:
-            model_inputs = super()._preprocess_prompt(Chat([{"role": "user", "content": prompt}]), **kwargs)
+        if isinstance(prompt, str) and self.bank.tokenizer.chat_template is not None:
+            chat = Chat([{"role": "user", "content": prompt}])  # type: ignore[arg-type]
+            model_inputs = super()._preprocess_prompt(chat, **kwargs)
             model_inputs["prompt_text"] = prompt
         else:
             model_inputs = super()._preprocess_prompt(prompt, **kwargs)
@@ -95,7 +96,9 @@ class Transformer2Pipeline(RoutingMixin, TextGenerationPipeline):
         room = context - prompt_tokens
         remedy = f"pass max_new_tokens={room} or shorten the prompt" if room > 0 else "shorten the prompt"
         asked = f" and max_new_tokens is {new_tokens}" if new_tokens else ""
-        raise ValueError(f"The prompt has {prompt_tokens} tokens{asked}, but the model's context is {context}; {remedy}.")
+        raise ValueError(
+            f"The prompt has {prompt_tokens} tokens{asked}, but the model's context is {context}; {remedy}."
+        )
 
     def _asked_new_tokens(self, prompt_tokens: int, generate_kwargs: dict[str, Any]) -> int | None:
         """How many tokens user or model ask for; `None` if that is left to the pipeline."""
@@ -106,19 +109,20 @@ class Transformer2Pipeline(RoutingMixin, TextGenerationPipeline):
             return int(asked["max_new_tokens"])
         return int(asked["max_length"]) - prompt_tokens if asked.get("max_length") is not None else None
 
-    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
+    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:  # type: ignore[override]
         return super()._forward(model_inputs, prompt_length=model_inputs["input_ids"].shape[-1], **generate_kwargs)
 
     def _prepare_generate_kwargs(self, generate_kwargs: dict[str, Any], **overrides: Any) -> dict[str, Any]:
         # The default number of new tokens yields to the room that the longest prompt of the batch leaves
         prompt_length = generate_kwargs.pop("prompt_length", None)
-        if prompt_length is not None and self._context_length is not None:
-            if self._asked_new_tokens(prompt_length, generate_kwargs) is None:
-                room = self._context_length - prompt_length
-                overrides["max_new_tokens"] = min(self._default_generation_config.max_new_tokens, room)
+        context = self._context_length
+        if prompt_length and context and self._asked_new_tokens(prompt_length, generate_kwargs) is None:
+            overrides["max_new_tokens"] = min(self._default_generation_config.max_new_tokens, context - prompt_length)
         return super()._prepare_generate_kwargs(generate_kwargs, **overrides)
 
-    def postprocess(self, model_outputs: Any, return_type: ReturnType | None = None, **kwargs: Any) -> Any:
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: Any, return_type: ReturnType | None = None, **kwargs: Any
+    ) -> Any:
         """Text or chat records; a text prompt gets the answer alone unless the full text was asked for."""
         if return_type is None:
             is_text = isinstance(model_outputs["prompt_text"], str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -39,26 +40,27 @@ def check_base_model(model: nn.Module, fingerprint: dict[str, list[float]], base
         Once, with the largest difference, if the weights are the same up to rounding.
 
     Raises:
-        ValueError: A weight is missing, has another shape or differs by more than 1e-2.
+        ValueError: A weight is missing, has another shape or differs by more than 1e-2 of its norm.
     """
     modules = dict(model.named_modules())
-    largest, largest_name = 0.0, ""
+    largest, largest_name, reason = 0.0, "", ""
     for name, expected in fingerprint.items():
         found = _sketch_module(modules[name]) if name in modules else None
-        distance = float("inf") if found is None else sketch_distance(found, expected)
-        if distance > OTHER_MODEL:
-            reason = _describe(found, expected, distance)
-            raise ValueError(
-                f"this adapter belongs to another base model: '{name}' {reason}; load it onto the model it was "
-                f"trained on, '{base_model}'"
-            )
+        distance = math.inf if found is None else sketch_distance(found, expected)
         if distance > largest:
-            largest, largest_name = distance, name
+            largest, largest_name, reason = distance, name, _describe(found, expected, distance)
+        if distance == math.inf:
+            break
+    expected_base = f"'{base_model}'" if base_model else "the model it was trained on"
+    if largest > OTHER_MODEL:
+        raise ValueError(
+            f"this adapter belongs to another base model: '{largest_name}' {reason}; load it onto {expected_base}"
+        )
     if largest > OTHER_ROUNDING:
         warnings.warn(
-            f"this adapter was trained on '{base_model}' with slightly different weights: the "
-            f"largest relative difference is {largest:.1e}, in '{largest_name}'. Its singular values are scaled in a "
-            "slightly different basis; load the base model in the dtype and quantization it was trained in to be exact"
+            f"this adapter meets slightly different weights than it was trained on: the largest relative difference is "
+            f"{largest:.1e}, in '{largest_name}'; to be exact, load {expected_base} in the dtype and quantization of "
+            "the training"
         )
 
 
@@ -77,6 +79,8 @@ def _sketch_module(module: nn.Module) -> list[float] | None:
 def _describe(found: list[float] | None, expected: list[float], distance: float) -> str:
     if found is None:
         return "is not a linear layer of this model"
+    if len(found) != len(expected) or not all(map(math.isfinite, expected)):
+        return "has a damaged fingerprint"
     if found[:2] != expected[:2]:
         return f"is {found[0]:.0f}×{found[1]:.0f} here and was {expected[0]:.0f}×{expected[1]:.0f} in training"
     return f"differs by {distance:.1e} of its norm"

@@ -137,12 +137,13 @@ class SVFLayer(BaseTunerLayer):
         """The offsets of a mixed batch, shape (B, 1, …, r) with as many axes as x."""
         if self.merged:
             raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, call `unmerge_adapter` first"
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         if x.dim() == 2 and x.shape[0] != len(adapter_names):
             raise ValueError(
-                f"Length of `adapter_names` ({len(adapter_names)}) should be the same as the number of inputs "
-                f"({x.shape[0]}); a layer that sees flattened tokens cannot take a mixed batch, exclude it"
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {x.shape[0]} respectively. A layer that sees flattened tokens cannot take "
+                "a mixed batch: leave it out with `exclude_modules`."
             )
         offsets = self._gather_offsets(repeat_adapter_names(adapter_names, x.shape[0]))  # (B, r)
         return offsets.view(offsets.shape[0], *(1,) * (x.dim() - 2), offsets.shape[1])
@@ -190,7 +191,7 @@ class SVFLayer(BaseTunerLayer):
         return self._weight_change([adapter])
 
     def _get_unmerged_weight(self) -> torch.Tensor:
-        return self.svf_unmerged_weight if self.merged else self.get_base_weight()
+        return self.get_base_weight() if self.svf_unmerged_weight is None else self.svf_unmerged_weight
 
     @torch.no_grad()
     def _weight_change(self, adapter_names: list[str]) -> torch.Tensor:
@@ -245,6 +246,6 @@ def repeat_adapter_names(adapter_names: list[str], rows: int) -> list[str]:
     if not adapter_names or rows % len(adapter_names):
         raise ValueError(
             f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} and "
-            f"{rows} respectively"
+            f"{rows} respectively."
         )
     return [name for name in adapter_names for _ in range(rows // len(adapter_names))]

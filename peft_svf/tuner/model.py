@@ -144,7 +144,7 @@ class SVFModel(BaseTuner):
         if not isinstance(adapter_names, (list, tuple)):
             raise TypeError(f"`adapter_names` must be a list with one name for each row, got {adapter_names!r}")
         if self.training:
-            raise ValueError("Cannot pass `adapter_names` in training mode, call `model.eval()` first")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()`.")
         unknown = set(adapter_names) - set(self.peft_config) - {BASE_MODEL}
         if unknown:
             raise ValueError(
@@ -155,7 +155,7 @@ class SVFModel(BaseTuner):
 
 def _check_adapter_name(adapter_name: str) -> None:
     # Offsets are kept in a ModuleDict, whose keys are attribute names.
-    if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(f"an adapter cannot be named '{adapter_name}': choose a name without '.', like 'math'")
 
 

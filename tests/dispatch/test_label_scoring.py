@@ -78,7 +78,9 @@ SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2}
         (GPT2LMHeadModel, GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2, n_positions=256), True),
         (
             MistralForCausalLM,
-            MistralConfig(**SMALL, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, sliding_window=16),
+            MistralConfig(
+                **SMALL, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, sliding_window=16
+            ),
             False,
         ),
         (BloomForCausalLM, BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=4), False),

@@ -65,7 +65,11 @@ def test_a_margin_above_the_lead_sends_the_prompt_to_the_base_model(bank):
 
 
 def test_a_chat_is_classified_by_its_last_user_message(bank):
-    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "2+2?"}]
+    chat = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "y"},
+        {"role": "user", "content": "2+2?"},
+    ]
     dispatcher = PromptDispatcher(bank)
     assert dispatcher.route([chat]).scores == dispatcher.route(["2+2?"]).scores
 

@@ -25,7 +25,8 @@ def test_a_mixture_has_no_chosen_expert():
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"), [(torch.zeros(3, 2), "expected .* \\(2, 2\\)"), (torch.full((2, 2), float("nan")), "finite")]
+    ("weights", "message"),
+    [(torch.zeros(3, 2), "expected .* \\(2, 2\\)"), (torch.full((2, 2), float("nan")), "finite")],
 )
 def test_broken_weights_are_refused(weights, message):
     with pytest.raises(ValueError, match=message):
@@ -33,7 +34,7 @@ def test_broken_weights_are_refused(weights, message):
 
 
 def test_an_unknown_expert_is_refused():
-    with pytest.raises(ValueError, match="unknown expert 'maths'.*'math'"):
+    with pytest.raises(ValueError, match=r"unknown expert 'maths'.*'math'"):
         Route.one_hot(["maths"], ["math"])
 
 

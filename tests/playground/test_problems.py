@@ -54,7 +54,7 @@ def test_careful_answers_are_rewarded_and_slips_are_not(family: str) -> None:
     assert task.reward(completions=[problem.careful for problem in problems], **columns) == [1.0] * 100
     expected = [-1.0 if states_another_result(problem) else 1.0 for problem in problems]
     assert task.reward(completions=[problem.careless for problem in problems], **columns) == expected
-    assert 0.35 < expected.count(-1.0) / 100 < 0.85
+    assert 0.25 < expected.count(-1.0) / 100 < 0.85
 
 
 @pytest.mark.parametrize("family", ["math", "math-hard"])
@@ -78,7 +78,7 @@ def test_orderings_are_answered_as_a_sorted_list_would() -> None:
         assert options[problem.answer] == person
 
 
-@pytest.mark.parametrize("completion", ["", "41", "= 41 apples", "= 41 = 42", "= 4", "the answer is = 41.", "= 041"])
+@pytest.mark.parametrize("completion", ["", "41", "so 41 apples", "so 41, so 42", "so 4", "so 41.", "so 041"])
 def test_math_reward_takes_only_the_stated_number(completion: str) -> None:
     assert math_reward([completion], ["41"]) == [-1.0]
 

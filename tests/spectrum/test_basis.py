@@ -46,7 +46,9 @@ def test_weight_change_equals_the_two_sided_formula(shape: tuple[int, int], dtyp
 def test_weight_change_of_an_ill_conditioned_weight(shape: tuple[int, int]) -> None:
     weight = with_spectrum(*shape, torch.logspace(2, -3, 24, dtype=torch.float64).tolist())
     offset = random(24, seed=4)
-    assert relative_error(weight_change(weight, singular_basis(weight), offset), two_sided_change(weight, offset)) < 1e-10
+    assert (
+        relative_error(weight_change(weight, singular_basis(weight), offset), two_sided_change(weight, offset)) < 1e-10
+    )
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12), (8, 8)], ids=str)
@@ -66,7 +68,9 @@ def test_repeated_singular_values_are_scaled_as_one_group(shape: tuple[int, int]
     # Within a group of equal singular values only the projector is unique, so the offset is constant there.
     weight = with_spectrum(*shape, [4.0, 4.0, 4.0, 2.0, 1.0, 1.0])
     offset = torch.tensor([0.5, 0.5, 0.5, -0.3, 0.2, 0.2], dtype=torch.float64)
-    assert relative_error(weight_change(weight, singular_basis(weight), offset), two_sided_change(weight, offset)) < 1e-10
+    assert (
+        relative_error(weight_change(weight, singular_basis(weight), offset), two_sided_change(weight, offset)) < 1e-10
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

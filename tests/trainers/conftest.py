@@ -64,7 +64,9 @@ def build_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 
 def prompts(n: int, shift: int = 0) -> Dataset:
     rows = [f"{(i + shift) % 10} + {i % 7} = ?" for i in range(n)]
-    return Dataset.from_list([{"prompt": [{"role": "user", "content": row}], "index": i} for i, row in enumerate(rows)])
+    return Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": row}], "index": i} for i, row in enumerate(rows)]
+    )
 
 
 def even_digits(completions: list[Any], **kwargs: Any) -> list[float]:

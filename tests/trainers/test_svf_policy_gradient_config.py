@@ -76,7 +76,9 @@ def test_grpo_options_without_effect_are_refused_by_name(make_config: MakeConfig
         "multi_objective_aggregation": "normalize_then_sum",
     }
     default = defaults[name]
-    value = special[name] if name in special else not default if isinstance(default, bool) else (default or 0.0) + 0.125
+    value = (
+        special[name] if name in special else not default if isinstance(default, bool) else (default or 0.0) + 0.125
+    )
     with pytest.raises(ValueError, match=f"`{name}` has no effect"):
         make_config(**{name: value})
 

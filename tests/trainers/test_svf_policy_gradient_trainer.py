@@ -42,7 +42,12 @@ def rollout(trainer: SVFPolicyGradientTrainer, n: int = 16) -> dict[str, Any]:
 
 
 def hand_written_loss(
-    trainer: SVFPolicyGradientTrainer, batch: dict[str, Any], rewards: Tensor, estimator: str, coef: float, baseline: str
+    trainer: SVFPolicyGradientTrainer,
+    batch: dict[str, Any],
+    rewards: Tensor,
+    estimator: str,
+    coef: float,
+    baseline: str,
 ) -> Tensor:
     """Eq. 1 of the paper, one unpadded answer at a time, through the model's own logits."""
     model, n = trainer.model, len(rewards)
@@ -287,3 +292,23 @@ def test_arguments_of_the_caller_are_left_alone(make_trainer: MakeTrainer, tiny:
     before = copy.deepcopy(peft_config.to_dict())
     make_trainer({"peft_config": peft_config})
     assert peft_config.to_dict() == before
+
+
+def test_card_states_the_run_and_claims_no_result(make_trainer: MakeTrainer, tmp_path: Any) -> None:
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1, kl_coef=0.25)
+    trainer.train()
+    card = (tmp_path / "run" / "README.md").read_text()
+    offsets = sum(p.numel() for p in trainable(trainer).values())
+    assert "even_digits" in card and "0.25" in card and str(offsets) in card
+    assert "fine-tuned version of [None]" not in card and "GRPO" not in card
+
+
+def test_a_lora_adapter_is_trained_unmerged(make_trainer: MakeTrainer, tiny: SimpleNamespace) -> None:
+    """For the ablations: unmerging LoRA drifts, so its answers come from the unmerged model."""
+    from peft import LoraConfig
+
+    trainer = make_trainer({"peft_config": LoraConfig(target_modules="all-linear", r=2)}, max_steps=1, kl_coef=0.1)
+    base = frozen_copy(trainer)
+    assert not trainer._generates_merged
+    trainer.train()
+    assert_base_unchanged(trainer, base)

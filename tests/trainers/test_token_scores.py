@@ -25,8 +25,12 @@ def test_expected_estimate_is_the_enumerated_divergence(estimator: Any) -> None:
     p, q = policies()
     estimates = torch.stack([divergence(p, q, torch.full((3,), y), estimator) for y in range(4)], dim=1)
     expected = (p.exp() * estimates).sum(1)  # over answers drawn from the policy
-    reverse = torch.tensor([sum(a.exp() * (a - b) for a, b in zip(*rows, strict=True)) for rows in zip(p, q, strict=True)])
-    forward = torch.tensor([sum(b.exp() * (b - a) for a, b in zip(*rows, strict=True)) for rows in zip(p, q, strict=True)])
+    reverse = torch.tensor(
+        [sum(a.exp() * (a - b) for a, b in zip(*rows, strict=True)) for rows in zip(p, q, strict=True)]
+    )
+    forward = torch.tensor(
+        [sum(b.exp() * (b - a) for a, b in zip(*rows, strict=True)) for rows in zip(p, q, strict=True)]
+    )
     torch.testing.assert_close(expected, forward if estimator == "exact_forward" else reverse, rtol=1e-12, atol=1e-12)
 
 
@@ -45,7 +49,10 @@ def test_k1_in_the_reward_has_the_gradient_of_the_sequence_divergence() -> None:
     torch.manual_seed(1)
     first, second = torch.randn(3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
     first.requires_grad_(), second.requires_grad_()
-    q1, q2 = torch.randn(3, dtype=torch.float64).log_softmax(-1), torch.randn(3, 3, dtype=torch.float64).log_softmax(-1)
+    q1, q2 = (
+        torch.randn(3, dtype=torch.float64).log_softmax(-1),
+        torch.randn(3, 3, dtype=torch.float64).log_softmax(-1),
+    )
     p1, p2 = first.log_softmax(-1), second.log_softmax(-1)
     answer, reference = p1.unsqueeze(1) + p2, q1.unsqueeze(1) + q2  # (3, 3): log-probability of every answer
     exact = torch.autograd.grad((answer.exp() * (answer - reference)).sum(), [first, second], retain_graph=True)

@@ -196,7 +196,7 @@ def test_safe_merge_refuses_broken_weights_and_changes_nothing(value: float) -> 
     layer = svf_layer(base_layer("linear", 6, 8, dtype=torch.float16))
     before = matrix(layer.base_layer)
     offset_of(layer).data[2] = value  # 1e9 overflows float16
-    with pytest.raises(ValueError, match="^NaNs detected in the merged weights"):
+    with pytest.raises(ValueError, match=r"^NaNs detected in the merged weights"):
         layer.merge(safe_merge=True)
     assert torch.equal(matrix(layer.base_layer), before) and not layer.merged
 

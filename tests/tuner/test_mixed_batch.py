@@ -65,7 +65,12 @@ def test_base_rows_are_the_base_model_bit_for_bit(model: PeftModel) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}],
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+    ],
     ids=["greedy", "beams", "beams and returned sequences", "sampling"],
 )
 def test_generation_equals_single_runs(model: PeftModel, settings: dict) -> None:
@@ -163,7 +168,10 @@ def test_hooks_are_removed_after_an_exception_in_generate(model: PeftModel) -> N
         model.generate(input_ids=IDS, max_new_tokens=3, adapter_names=NAMES, stopping_criteria=[failing_criterion])
     assert hooks(model) == 0
     assert torch.equal(model.generate(input_ids=IDS, max_new_tokens=3), before)
-    assert model.generate(input_ids=IDS[:1], max_new_tokens=3).shape == (1, 9)  # another batch size than the failed one
+    assert model.generate(input_ids=IDS[:1], max_new_tokens=3).shape == (
+        1,
+        9,
+    )  # another batch size than the failed one
 
 
 def failing_criterion(*args: object, **kwargs: object) -> bool:

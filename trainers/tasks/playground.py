@@ -13,7 +13,7 @@ from peft_svf.trainers.sandbox import run_tests
 from peft_svf.trainers.tasks.task import Messages, RewardFunction, Task, answer_text
 
 
-STATED_NUMBER = re.compile(r"= (-?\d+)\s*$")
+STATED_NUMBER = re.compile(r"\bso (-?\d+)\s*$")
 STATED_LETTER = re.compile(r"\bso ([A-E])\s*$")
 
 
@@ -25,7 +25,7 @@ def _reward_stated_answer(
 
 
 def math_reward(completions: list[str | Messages], answer: list[str], **kwargs: Any) -> list[float | None]:
-    """+1 if the number after the last equals sign, at the very end, is `answer`; −1 otherwise."""
+    """+1 if the completion ends in "so" and the number `answer`; −1 otherwise, also when no number is stated."""
     return _reward_stated_answer(STATED_NUMBER, completions, answer)
 
 
@@ -60,10 +60,10 @@ def _task(family: str, reward: RewardFunction, max_new_tokens: int) -> Task:
 
 
 PLAYGROUND_TASKS: dict[str, Task] = {
-    "math": _task("math", math_reward, 14),
+    "math": _task("math", math_reward, 24),
     "code": _task("code", code_reward, 26),
     "reasoning": _task("reasoning", reasoning_reward, 10),
-    "math-hard": _task("math-hard", math_reward, 26),
+    "math-hard": _task("math-hard", math_reward, 48),
     "code-hard": _task("code-hard", code_reward, 30),
     "reasoning-hard": _task("reasoning-hard", reasoning_reward, 10),
 }

@@ -28,14 +28,29 @@ TWO_STEPS = (
 )
 
 
-def add_without_carry(a: int, b: int) -> int:
-    """Sum of two numbers below 100 by a careless author: units carry nothing into the tens."""
-    return (a // 10 + b // 10) % 10 * 10 + (a + b) % 10
+def add(a: int, b: int, carries: bool = True) -> tuple[str, int]:
+    """Written sum of two numbers below 100, units first, and its result.
+
+    Without `carries`, the ten that the units give is forgotten: `"3+8=11, 2+1=3, so 31"`.
+    """
+    units = a % 10 + b % 10
+    carry = 1 if carries and units > 9 else 0
+    tens = a // 10 + b // 10 + carry
+    result = 10 * tens + units % 10
+    return f"{a % 10}+{b % 10}={units}, {a // 10}+{b // 10}{'+1' if carry else ''}={tens}, so {result}", result
 
 
-def subtract_without_borrow(a: int, b: int) -> int:
-    """Difference of two numbers below 100 by a careless author: units borrow nothing from the tens."""
-    return (a // 10 - b // 10) % 10 * 10 + (a - b) % 10
+def subtract(a: int, b: int, borrows: bool = True) -> tuple[str, int]:
+    """Written difference of two numbers below 100, units first, and its result.
+
+    Without `borrows`, the ten that the units took is forgotten: `"12-8=4, 5-1=4, so 44"`.
+    """
+    borrow = 10 if a % 10 < b % 10 else 0
+    units = a % 10 + borrow - b % 10
+    tens_left = a // 10 - (1 if borrows and borrow else 0)
+    tens = tens_left - b // 10
+    result = 10 * tens + units
+    return f"{a % 10 + borrow}-{b % 10}={units}, {tens_left}-{b // 10}={tens}, so {result}", result
 
 
 def _dressing(rng: Random) -> dict[str, str]:
@@ -65,35 +80,35 @@ def make_problem(rng: Random) -> Problem:
     """One sum or difference."""
     if rng.random() < 0.5:
         a, b = _summands(rng)
-        kind, sign, templates = "add", "+", ADDITIONS
-        key, right, wrong = f"{min(a, b)}+{max(a, b)}", a + b, add_without_carry(a, b)
+        kind, write, templates, key = "add", add, ADDITIONS, f"{min(a, b)}+{max(a, b)}"
     else:
         a, b = _minuend_and_subtrahend(rng)
-        kind, sign, templates = "subtract", "-", SUBTRACTIONS
-        key, right, wrong = f"{a}-{b}", a - b, subtract_without_borrow(a, b)
+        kind, write, templates, key = "subtract", subtract, SUBTRACTIONS, f"{a}-{b}"
+    careful, result = write(a, b)
     return Problem(
         family="math",
         kind=kind,
         key=key,
         prompt=rng.choice(templates).format(a=a, b=b, **_dressing(rng)),
-        careful=f"{a} {sign} {b} = {right}",
-        careless=f"{a} {sign} {b} = {wrong}",
-        answer=str(right),
+        careful=careful,
+        careless=write(a, b, False)[0],
+        answer=str(result),
     )
 
 
 def make_hard_problem(rng: Random) -> Problem:
     """A sum followed by a difference."""
     a, b = _summands(rng)
-    c = rng.randint(10, a + b - 1)
-    total, careless_total = a + b, add_without_carry(a, b)
-    careless_rest = subtract_without_borrow(careless_total, c)
+    c = rng.randint(10, a + b - 10)
+    written_sum, total = add(a, b)
+    written_difference, result = subtract(total, c)
+    careless_sum, careless_total = add(a, b, False)
     return Problem(
         family="math-hard",
         kind="two steps",
         key=f"{min(a, b)}+{max(a, b)}-{c}",
         prompt=rng.choice(TWO_STEPS).format(a=a, b=b, c=c, **_dressing(rng)),
-        careful=f"{a} + {b} = {total}. {total} - {c} = {total - c}",
-        careless=f"{a} + {b} = {careless_total}. {careless_total} - {c} = {careless_rest}",
-        answer=str(total - c),
+        careful=f"{written_sum}. {written_difference}",
+        careless=f"{careless_sum}. {subtract(careless_total, c, False)[0]}",
+        answer=str(result),
     )

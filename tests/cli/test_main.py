@@ -1,0 +1,53 @@
+"""The console script: the demo end to end in small, and mistakes that it names in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peft_svf import ExpertBank, __version__
+from peft_svf.cli import main
+
+
+def test_demo_trains_answers_reports_and_leaves_a_bank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "bank"
+    assert main(["demo", "--steps", "2", "--test-prompts", "16", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    for family in ("math", "code", "reasoning"):
+        assert f"{family:9}  2 steps, 3072 parameters" in printed
+        assert any(line.split()[:2] == [family, "16"] for line in printed.splitlines())
+    assert "How many apples does Tom have?" in printed
+    assert list(ExpertBank.from_pretrained(output).experts) == ["math", "code", "reasoning"]
+
+
+def test_demo_refuses_to_overwrite_a_folder_before_it_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert main(["demo", "--output", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "exists and is not a bank" in printed.err
+    assert "expert" not in printed.out
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["demo", "--steps", "0"], "must be at least 1, got 0"),
+        (["demo", "--steps", "many"], "invalid positive value: 'many'"),
+        (["train"], "invalid choice: 'train'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"peft-svf {__version__}\n"
