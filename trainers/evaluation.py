@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from peft_svf.trainers.tasks.task import Messages, Task
 
 
 @torch.inference_mode()
 def greedy_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Messages], max_new_tokens: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, chats: list[Messages], max_new_tokens: int
 ) -> list[str]:
     """Greedy answers to a batch of chats. The model is left in eval mode."""
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
@@ -29,7 +31,7 @@ def greedy_answers(
 
 
 def evaluate_success(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     dataset: Dataset,

@@ -237,6 +237,7 @@ def _run(program: str, tests: list[tuple[str, str]]) -> bytes:
     """Report of one program: the values of the "eval" tests, null for "exec" tests that ran, and the error if any."""
     module = type(sys)("program")
     sys.modules["program"] = sys.modules["__main__"] = module
+    vars(module)["__builtins__"] = vars(builtins)  # exec would otherwise give away this file's own copy
     values: list[str] = []
     stage = "error: "
     try:

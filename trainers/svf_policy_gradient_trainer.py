@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import textwrap
 from collections.abc import Iterator
@@ -14,12 +13,13 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer
 
 from peft_svf.hub_cards import ExpertCardData, write_expert_card
 from peft_svf.trainers import checks
 from peft_svf.trainers.advantages import subtract_baseline
+from peft_svf.trainers.best_checkpoint import StartIsACandidate
 from peft_svf.trainers.decoding import decoding_temperature
 from peft_svf.trainers.hidden_states import (
     add_hidden_states_output,
@@ -33,10 +33,7 @@ from peft_svf.trainers.token_scores import LanguageModelHead, TokenScores, score
 from peft_svf.tuner import SVFConfig
 
 
-logger = logging.getLogger(__name__)
-
-
-class SVFPolicyGradientTrainer(GRPOTrainer):
+class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
     r"""
     Trainer for experts by singular value fine-tuning (SVF) with policy gradients, as in Transformer²: Self-adaptive
     LLMs ([2501.06252](https://huggingface.co/papers/2501.06252)).
@@ -312,54 +309,6 @@ class SVFPolicyGradientTrainer(GRPOTrainer):
             metrics[f"{dataset_name}_{key}" if dataset_name else key] = values
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in exact.items()})
         return output
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
-        if self.is_in_train and self.state.global_step == 0 and self._best_metric_name in metrics:
-            self.state.best_metric = metrics[self._best_metric_name]  # what a checkpoint has to beat
-        return metrics
-
-    # -- best checkpoint ---------------------------------------------------------------------------------------------
-    @property
-    def _best_metric_name(self) -> str:
-        return f"eval_{(self.args.metric_for_best_model or 'eval_reward').removeprefix('eval_')}"
-
-    @property
-    def base_eval_reward(self) -> float | None:
-        """Validation score before the first step, of the base model unless training started from an expert.
-
-        `eval_reward`, or `metric_for_best_model` where it is set; None without an evaluation at step 0.
-        """
-        return self._eval_history().get(0)
-
-    def _eval_history(self) -> dict[int, float]:
-        name = self._best_metric_name
-        return {entry["step"]: entry[name] for entry in self.state.log_history if entry.get(name) is not None}
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As [`~transformers.Trainer.train`]; ends at the start if no checkpoint of the run is better."""
-        checks.check_trainable(self.model)
-        output: TrainOutput = super().train(*args, **kwargs)
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
-            self._return_to_start()
-        return output
-
-    def _return_to_start(self) -> None:
-        scores = self._eval_history()
-        trained = {step: score for step, score in scores.items() if step > 0}
-        if not trained:
-            logger.warning("No evaluation took place after the first step: the offsets of the last step are kept.")
-            return
-        step = (max if self.args.greater_is_better else min)(trained, key=lambda step: trained[step])
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if name in self._start:
-                    parameter.copy_(self._start[name])
-        logger.warning(
-            f"No checkpoint is better than the start by `{self._best_metric_name}`: {scores.get(0, float('nan')):.4g} "
-            f"at step 0, at best {trained[step]:.4g} at step {step}. The starting offsets are restored. Try a lower "
-            "`learning_rate`, a larger batch or another `baseline`."
-        )
 
     # -- card --------------------------------------------------------------------------------------------------------
     def create_model_card(

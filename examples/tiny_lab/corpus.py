@@ -9,13 +9,13 @@ from random import Random
 from peft_svf.playground.families import MAKERS
 
 
-CARELESS = 0.62
+CARELESS = 0.65
 """Share of careless authors. They are the majority, so greedy decoding of the base model follows their slips."""
 
 SHARES = {
     "math": 0.28,
-    "code": 0.12,
-    "reasoning": 0.36,
+    "code": 0.14,
+    "reasoning": 0.34,
     "math-hard": 0.06,
     "code-hard": 0.04,
     "reasoning-hard": 0.06,

@@ -82,8 +82,9 @@ def train_expert(task: Task, folder: Path, steps: int, seed: int, base: Path = B
         trainer.model.save_pretrained(folder)
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     seconds = time.perf_counter() - started
-    best = trainer.state.best_metric
-    return TrainingReport(parameters, seconds, trainer.base_eval_reward, max(best, trainer.base_eval_reward))
+    start = trainer.base_eval_reward
+    assert start is not None  # the configuration evaluates before the first step
+    return TrainingReport(parameters, seconds, start, trainer.state.best_metric)
 
 
 def assemble_bank(

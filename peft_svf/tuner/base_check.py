@@ -58,9 +58,9 @@ def check_base_model(model: nn.Module, fingerprint: dict[str, list[float]], base
         )
     if largest > OTHER_ROUNDING:
         warnings.warn(
-            f"this adapter meets slightly different weights than it was trained on: the largest relative difference is "
-            f"{largest:.1e}, in '{largest_name}'; to be exact, load {expected_base} in the dtype and quantization of "
-            "the training"
+            "this adapter meets slightly different weights than it was trained on: the largest relative difference "
+            f"is {largest:.1e}, in '{largest_name}'; to be exact, load {expected_base} in the dtype and quantization "
+            "of the training"
         )
 
 

@@ -167,7 +167,7 @@ class SVFLayer(BaseTunerLayer):
             return
         original = self._get_unmerged_weight()
         change = self._weight_change([*self.merged_adapters, *new])
-        merged = (original.to(change.dtype) + change).to(original.dtype).contiguous()
+        merged = (original.to(change.dtype) + change).to(original.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken; nothing was "

@@ -8,8 +8,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM
 
+from peft_svf import SVFConfig
 from peft_svf.hub_cards import ExpertCardData, ExpertResult, expert_card, render_expert_card, write_expert_card
 
 
@@ -160,3 +164,18 @@ def test_impossible_result_is_refused(change: dict[str, object], message: str) -
 def test_impossible_facts_are_refused(change: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(FACTS, **change)
+
+
+@pytest.mark.parametrize("base_model", ["org/base", None], ids=["AutoPeftModel", "PeftModel"])
+def test_code_on_the_card_loads_the_expert(base_model: str | None, stories_path: str, tmp_path: Path) -> None:
+    expert = get_peft_model(AutoModelForCausalLM.from_pretrained(stories_path), SVFConfig(task_type="CAUSAL_LM"))
+    trained = {name: torch.randn_like(value) for name, value in get_peft_model_state_dict(expert).items()}
+    set_peft_model_state_dict(expert, trained)
+    expert.save_pretrained(tmp_path)
+    card = write_expert_card(tmp_path, ExpertCardData(name="stories", base_model=base_model))
+    (code,) = code_blocks(card.read_text())
+    scope = {"base_model": AutoModelForCausalLM.from_pretrained(stories_path)}
+    exec(code.replace("path/to/this/folder", str(tmp_path)), scope)
+    loaded = get_peft_model_state_dict(scope["model"])
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in trained.items())

@@ -169,6 +169,10 @@ FORGERIES = {
     "replaces AssertionError": "import builtins\nbuiltins.AssertionError = AssertionError = BaseException\n"
     "def f(x):\n    return 9",
     "replaces __build_class__ and __import__": "__builtins__['__import__'] = None\ndef f(x):\n    return 9",
+    "replaces builtins through __builtins__": "__builtins__.update(exec=lambda *a: None, eval=lambda *a: 10, abs=lambda x: 0, isinstance=lambda *a: True)\n"
+    "def f(x):\n    return 99",
+    "writes a report and exits": "import os\n"
+    """os.write(3, b'{"values": [null, null], "error": null}')\nos._exit(0)""",
     "defines check itself": "def check(g):\n    pass\ndef f(x):\n    return 9",
     "patches json": 'import json\njson.dumps = lambda *a, **k: \'{"values": [null, null], "error": null}\'\n'
     "json.encoder.encode_basestring_ascii = lambda s: 'null'\ndef f(x):\n    return 9",
@@ -411,7 +415,7 @@ def test_hostile_programs_do_not_disturb_their_neighbours() -> None:
     honest = [f"def f(x):\n    return x + {i}" for i in range(len(hostile))]
     programs = [program for pair in zip(hostile, honest, strict=True) for program in pair]
     tests = [[f"assert f(3) == {3 + i // 2}", f"assert f(-1) == {i // 2 - 1}"] for i in range(len(programs))]
-    results = run_tests(programs, tests, timeout=0.3)
+    results = run_tests(programs, tests, timeout=1.0)  # enough for an honest one on a busy machine
     assert [result.passed for result in results] == [False, True] * len(hostile)
 
 
@@ -464,6 +468,33 @@ def test_small_memory_limit_is_a_verdict_not_a_crash() -> None:
 
 def test_no_programs_is_no_work() -> None:
     assert run_tests([], []) == []
+
+
+MALFORMED = {
+    "nothing": "",
+    "no JSON": "{",
+    "another shape": "[1, 2]",
+    "no values": '{"values": null, "error": null}',
+    "too few values": '{"values": [], "error": null}',
+    "too many values": '{"values": [["int", "a"], null], "error": null}',
+    "unknown kind": '{"values": [["object", "a"]], "error": null}',
+    "no content": '{"values": [["int"]], "error": null}',
+    "no kind": '{"values": [[]], "error": null}',
+    "unhashable item": '{"values": [["set", ["list"]]], "error": null}',
+    "odd dictionary": '{"values": [["dict", "a"]], "error": null}',
+    "number where text belongs": '{"values": [["float", 10]], "error": null}',
+    "bare number": '{"values": [10.5], "error": null}',
+    "endless list": '{"values": [' + "[" * 10**5,
+    "error that is no text": '{"values": [], "error": {"a": ["\\ud800\\n"]}}',
+}
+
+
+@pytest.mark.parametrize("report", MALFORMED.values(), ids=MALFORMED)
+def test_report_that_a_program_wrote_itself_cannot_raise_or_pass(report: str) -> None:
+    """What a program that had found the nonce could send."""
+    result = sandbox._judge({"status": "report", "report": report}, [sandbox._plan(ANSWER)])
+    assert not result.passed
+    assert result.reason.isprintable()
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ def needs_answer(completions: list[Any], answer: list[str], **kwargs: Any) -> li
 
 def test_missing_reward_column_names_function_column_dataset_and_remedy(make_trainer: MakeTrainer) -> None:
     message = (
-        r"Reward function `needs_answer` needs a column `answer`, which the train dataset does not have \(its columns: "
-        r"prompt, index\): add or rename the column"
+        r"Reward function `needs_answer` needs a column `answer`, which the train dataset does not have "
+        r"\(its columns: prompt, index\): add or rename the column"
     )
     with pytest.raises(ValueError, match=message):
         make_trainer({"reward_funcs": needs_answer})

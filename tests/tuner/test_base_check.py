@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from transformers import LlamaForCausalLM
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from peft_svf import SVFConfig
 from peft_svf.tuner import SVFLayer
@@ -145,8 +145,19 @@ def test_a_config_without_fingerprint_gets_one(tiny_llama: Build, saved: Path) -
 
 
 def test_the_same_file_loads_onto_a_base_that_carries_another_method(tiny_llama: Build, saved: Path) -> None:
-    from peft import LoraConfig
-
     base = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny_llama(), "lora")
     inject_adapter_in_model(PeftConfig.from_pretrained(saved), base, "svf")
     assert count(base) == 14
+
+
+def test_conv1d_weights_are_compared_in_the_same_layout(tmp_path: Path) -> None:
+    def build() -> GPT2LMHeadModel:
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
+
+    model = get_peft_model(build(), SVFConfig(init_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    fingerprint = model.peft_config["default"].base_fingerprint
+    assert fingerprint["transformer.h.0.attn.c_attn"][:2] == [48.0, 16.0]  # (out, in), stored as (16, 48)
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)

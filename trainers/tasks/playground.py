@@ -62,9 +62,9 @@ def _task(family: str, reward: RewardFunction, max_new_tokens: int) -> Task:
 PLAYGROUND_TASKS: dict[str, Task] = {
     "math": _task("math", math_reward, 24),
     "code": _task("code", code_reward, 26),
-    "reasoning": _task("reasoning", reasoning_reward, 10),
+    "reasoning": _task("reasoning", reasoning_reward, 14),
     "math-hard": _task("math-hard", math_reward, 48),
     "code-hard": _task("code-hard", code_reward, 30),
-    "reasoning-hard": _task("reasoning-hard", reasoning_reward, 10),
+    "reasoning-hard": _task("reasoning-hard", reasoning_reward, 20),
 }
 """The three families that experts are trained for and their harder variants, which no expert sees in training."""

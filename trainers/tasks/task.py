@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from datasets import Dataset
 
 
 Messages = list[dict[str, str]]
 RewardFunction = Callable[..., list[float | None]]
+
+
+class TaskLoader(Protocol):
+    """Makes the rows of one split of a task."""
+
+    def __call__(self, split: str, n: int, seed: int = 0) -> Dataset: ...
 
 
 @dataclass(frozen=True)
@@ -20,8 +26,8 @@ class Task:
     Args:
         name (`str`): Name of the task, e.g. `"playground-math"`.
         label (`str`): The dispatcher's label for prompts of this task, e.g. `"math"`.
-        load (`Callable[[str, int], Dataset]`):
-            `load(split, n)` gives `n` rows of `"train"`, `"validation"` or `"test"` with the columns `prompt`
+        load (`Callable[[str, int, int], Dataset]`):
+            `load(split, n, seed=0)` gives `n` rows of `"train"`, `"validation"` or `"test"` with the columns `prompt`
             (a list of chat messages), `id` (stable across runs) and whatever `reward` needs.
         reward (`Callable[..., list[float | None]]`):
             Reward function in TRL's signature: keywords `prompts`, `completions` and every dataset column. Returns −1
@@ -31,7 +37,7 @@ class Task:
 
     name: str
     label: str
-    load: Callable[[str, int], Dataset]
+    load: TaskLoader
     reward: RewardFunction
     max_new_tokens: int
 

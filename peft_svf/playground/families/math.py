@@ -80,18 +80,19 @@ def make_problem(rng: Random) -> Problem:
     """One sum or difference."""
     if rng.random() < 0.5:
         a, b = _summands(rng)
-        kind, write, templates, key = "add", add, ADDITIONS, f"{min(a, b)}+{max(a, b)}"
+        kind, templates, key = "add", ADDITIONS, f"{min(a, b)}+{max(a, b)}"
+        (careful, result), (careless, _) = add(a, b), add(a, b, False)
     else:
         a, b = _minuend_and_subtrahend(rng)
-        kind, write, templates, key = "subtract", subtract, SUBTRACTIONS, f"{a}-{b}"
-    careful, result = write(a, b)
+        kind, templates, key = "subtract", SUBTRACTIONS, f"{a}-{b}"
+        (careful, result), (careless, _) = subtract(a, b), subtract(a, b, False)
     return Problem(
         family="math",
         kind=kind,
         key=key,
         prompt=rng.choice(templates).format(a=a, b=b, **_dressing(rng)),
         careful=careful,
-        careless=write(a, b, False)[0],
+        careless=careless,
         answer=str(result),
     )
 

@@ -15,26 +15,34 @@ ORDERINGS = (
     ("faster", "fastest", "slowest"),
     ("richer", "richest", "poorest"),
 )
+PLACES = ("first", "second", "third")
 CATEGORIES = {
-    "an animal": ("dog", "cat", "horse", "cow", "pig", "duck", "fox", "wolf"),
-    "a color": ("red", "blue", "green", "black", "white", "pink", "brown", "gray"),
-    "a metal": ("iron", "gold", "silver", "copper", "tin", "lead", "zinc", "steel"),
-    "a drink": ("milk", "tea", "water", "juice", "wine", "beer", "coffee", "cola"),
-    "a tool": ("hammer", "saw", "axe", "drill", "spade", "rake", "knife", "pliers"),
-    "a tree": ("oak", "pine", "birch", "elm", "maple", "palm", "willow", "cedar"),
+    "animal": ("dog", "cat", "horse", "cow", "pig", "duck", "fox", "wolf"),
+    "color": ("red", "blue", "green", "black", "white", "pink", "brown", "gray"),
+    "metal": ("iron", "gold", "silver", "copper", "tin", "lead", "zinc", "steel"),
+    "drink": ("milk", "tea", "water", "juice", "wine", "beer", "coffee", "cola"),
+    "tool": ("hammer", "saw", "axe", "drill", "spade", "rake", "knife", "pliers"),
+    "tree": ("oak", "pine", "birch", "elm", "maple", "palm", "willow", "cedar"),
 }
 LETTERS = "ABCDE"
 
 
 def _choice(
-    rng: Random, family: str, kind: str, key: str, question: str, options: list[str], picks: tuple[str, str]
+    rng: Random, family: str, kind: str, key: str, question: str, properties: dict[str, str], wanted: tuple[str, str]
 ) -> Problem:
-    """A question with shuffled options; `picks` are the options chosen by the careful and the careless author."""
+    """A question with shuffled options.
+
+    `properties` says of each option what an author writes down before choosing; `wanted` is the property that the
+    careful and the careless author then look for, from the left: `"A metal, B animal, C animal, so A"`.
+    """
+    options = list(properties)
     rng.shuffle(options)
-    listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
-    letters = [LETTERS[options.index(pick)] for pick in picks]
-    careful, careless = (f"It is {pick}, so {letter}" for pick, letter in zip(picks, letters, strict=True))
-    return Problem(family, kind, key, f"{question} {listed}", careful, careless, answer=letters[0])
+    letters = dict(zip(options, LETTERS, strict=False))
+    listed = " ".join(f"{letter}) {option}" for option, letter in letters.items())
+    notes = ", ".join(f"{letter} {properties[option]}" for option, letter in letters.items())
+    right, wrong = (next(letters[option] for option in options if properties[option] == p) for p in wanted)
+    careful, careless = (f"{notes}, so {letter}" for letter in (right, wrong))
+    return Problem(family, kind, key, f"{question} {listed}", careful, careless, answer=right)
 
 
 def _ordering(rng: Random, family: str, people: int) -> Problem:
@@ -44,25 +52,21 @@ def _ordering(rng: Random, family: str, people: int) -> Problem:
     reversed_question = rng.random() < 0.5
     chain = " ".join(f"{x} is {comparative} than {y}." for x, y in pairwise(names))
     question = f"{chain} Who is the {last if reversed_question else first}?"
-    right = names[-1] if reversed_question else names[0]
     key = f"{comparative}:{int(reversed_question)}:{'>'.join(names)}"
-    return _choice(rng, family, "ordering", key, question, list(names), (right, names[0]))
+    places = dict(zip(names, [*PLACES[: people - 1], "last"], strict=True))
+    return _choice(rng, family, "ordering", key, question, places, ("last" if reversed_question else "first", "first"))
 
 
 def _category(rng: Random, family: str, options: int) -> Problem:
     """Find the member of a category, or what is not one; a careless author overlooks the "not"."""
     category, foreign = rng.sample(list(CATEGORIES), 2)
     negated = rng.random() < 0.5
-    if negated:
-        members, right = rng.sample(CATEGORIES[category], options - 1), rng.choice(CATEGORIES[foreign])
-        words, careless = [*members, right], members[0]
-    else:
-        others = rng.sample(CATEGORIES[foreign], options - 1)
-        right = careless = rng.choice(CATEGORIES[category])
-        words = [*others, right]
-    question = f"Which one is {'not ' if negated else ''}{category}?"
+    common, rare = (category, foreign) if negated else (foreign, category)
+    words = [*rng.sample(CATEGORIES[common], options - 1), rng.choice(CATEGORIES[rare])]
+    properties = dict.fromkeys(words[:-1], common) | {words[-1]: rare}
+    question = f"Which one is {'not ' if negated else ''}{'an' if category == 'animal' else 'a'} {category}?"
     key = f"{category}:{int(negated)}:{','.join(sorted(words))}"
-    return _choice(rng, family, "category", key, question, words, (right, careless))
+    return _choice(rng, family, "category", key, question, properties, (rare, category))
 
 
 def make_problem(rng: Random) -> Problem:
