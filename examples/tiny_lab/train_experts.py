@@ -9,11 +9,14 @@ import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from corpus import ROUTING_INSTRUCTION
 
-from peft_svf.cli.demo import evaluate_family, print_results
-from peft_svf.cli.playground_experts import assemble_bank, train_expert
+from peft_svf.cli.demo import FamilyResult, evaluate_family, print_results
+from peft_svf.cli.playground_experts import BATCH_SIZE, LEARNING_RATE, assemble_bank, train_expert
 from peft_svf.experts import ExpertEntry
+from peft_svf.hub_cards import ExpertCardData, ExpertResult, write_expert_card
+from peft_svf.trainers.statistics import wilson_interval
 from peft_svf.trainers.tasks.playground import PLAYGROUND_TASKS
 
 
@@ -40,7 +43,39 @@ def main() -> None:
         }
         bank = assemble_bank(Path(folder), EXPERTS, ROUTING_INSTRUCTION, arguments.base)
         bank.save_pretrained(arguments.output, include_base=True)
-    print_results({name: evaluate_family(bank, name, 500, report) for name, report in reports.items()})
+    results = {name: evaluate_family(bank, name, 500, report) for name, report in reports.items()}
+    print_results(results)
+    for name, result in results.items():
+        write_expert_card(arguments.output / name, card(name, result, arguments.steps, arguments.seed))
+
+
+def card(name: str, result: FamilyResult, steps: int, seed: int) -> ExpertCardData:
+    """The facts of one expert as it was just trained and measured."""
+    n = len(result.base)
+    measured = ExpertResult(
+        task=f"playground {name}, held-out prompts, greedy",
+        n=n,
+        base=sum(result.base) / n,
+        base_interval=wilson_interval(sum(result.base), n),
+        expert=sum(result.expert) / n,
+        expert_interval=wilson_interval(sum(result.expert), n),
+    )
+    return ExpertCardData(
+        name=f"Playground expert: {name}",
+        label=EXPERTS[name].label,
+        trained_parameters=result.training.parameters,
+        task=EXPERTS[name].description,
+        reward="+1 for a right answer, −1 for any other",
+        kl_coefficient=0.0,
+        seeds=(seed,),
+        steps=steps,
+        learning_rate=LEARNING_RATE,
+        batch_size=BATCH_SIZE,
+        hardware=f"{torch.get_num_threads()} CPU cores",
+        training_seconds=result.training.seconds,
+        results=(measured,),
+        license="apache-2.0",
+    )
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ class SVFConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SVF
+        if self.target_modules is None:
+            self.target_modules = "all-linear"
         # Sets, as in PEFT's own configurations: membership tests run once for every module of the model.
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)

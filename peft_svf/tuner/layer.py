@@ -139,12 +139,6 @@ class SVFLayer(BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if x.dim() == 2 and x.shape[0] != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {x.shape[0]} respectively. A layer that sees flattened tokens cannot take "
-                "a mixed batch: leave it out with `exclude_modules`."
-            )
         offsets = self._gather_offsets(repeat_adapter_names(adapter_names, x.shape[0]))  # (B, r)
         return offsets.view(offsets.shape[0], *(1,) * (x.dim() - 2), offsets.shape[1])
 
@@ -242,7 +236,8 @@ class Linear(nn.Module, SVFLayer):
 
 
 def repeat_adapter_names(adapter_names: list[str], rows: int) -> list[str]:
-    """Repeat each name for the beams or returned sequences of its prompt, so that there is one name for each row."""
+    """Repeat each name so that there is one for each row: for the beams and returned sequences of its prompt, and for
+    its tokens in layers that see them flattened (OPT). All of these keep the rows of one prompt next to each other."""
     if not adapter_names or rows % len(adapter_names):
         raise ValueError(
             f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} and "

@@ -78,10 +78,16 @@ class SVFModel(BaseTuner):
                     parent, _, child_name = _get_submodules(model, name)
                     setattr(parent, child_name, layer.base_layer)
 
-    def _prepare_adapter_config(self, peft_config: SVFConfig, model_config: dict[str, Any]) -> SVFConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = "all-linear"
-        return peft_config
+    @staticmethod
+    def _check_target_module_exists(peft_config: SVFConfig, key: str) -> Any:
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        targets = peft_config.target_modules
+        if found and peft_config.layers_to_transform is not None and isinstance(targets, set) and key in targets:
+            # PEFT ignores `layers_to_transform` for full names, which is what "all-linear" becomes: match by ending.
+            by_ending = copy.copy(peft_config)
+            by_ending.target_modules = {key.rpartition(".")[2]}
+            return BaseTuner._check_target_module_exists(by_ending, key)
+        return found
 
     def _create_and_replace(
         self,

@@ -169,10 +169,10 @@ FORGERIES = {
     "replaces AssertionError": "import builtins\nbuiltins.AssertionError = AssertionError = BaseException\n"
     "def f(x):\n    return 9",
     "replaces __build_class__ and __import__": "__builtins__['__import__'] = None\ndef f(x):\n    return 9",
-    "replaces builtins through __builtins__": "__builtins__.update(exec=lambda *a: None, eval=lambda *a: 10, abs=lambda x: 0, isinstance=lambda *a: True)\n"
-    "def f(x):\n    return 99",
+    "replaces builtins through __builtins__": "__builtins__.update(exec=lambda *a: None, eval=lambda *a: 10)\n"
+    "__builtins__.update(abs=lambda x: 0, isinstance=lambda *a: True)\ndef f(x):\n    return 99",
     "writes a report and exits": "import os\n"
-    """os.write(3, b'{"values": [null, null], "error": null}')\nos._exit(0)""",
+    """os.write(3, b'0' * 32 + b'{"values": [null, null], "error": null}')\nos._exit(0)""",
     "defines check itself": "def check(g):\n    pass\ndef f(x):\n    return 9",
     "patches json": 'import json\njson.dumps = lambda *a, **k: \'{"values": [null, null], "error": null}\'\n'
     "json.encoder.encode_basestring_ascii = lambda s: 'null'\ndef f(x):\n    return 9",
@@ -452,7 +452,7 @@ def test_nothing_survives_a_killed_caller(monkeypatch: pytest.MonkeyPatch, tmp_p
             time.sleep(0.02)
         return condition(helpers())
 
-    caller = subprocess.Popen([sys.executable, str(script)])
+    caller = subprocess.Popen([sys.executable, str(script)], env={"TMPDIR": str(tmp_path)})  # its folder stays behind
     try:
         assert wait_for(lambda count: count >= 2)  # the helper and its child
     finally:

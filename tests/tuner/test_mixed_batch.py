@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 from peft_svf import SVFConfig
 
@@ -178,9 +178,20 @@ def failing_criterion(*args: object, **kwargs: object) -> bool:
     raise RuntimeError("stop here")
 
 
-def test_layers_that_see_flattened_tokens_refuse_mixed_batches() -> None:
+@torch.no_grad()
+def test_layers_that_see_flattened_tokens() -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=97, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, init_std=0.3
+    )
+    model = with_adapters(OPTForCausalLM(config).eval())  # fc1 and fc2 see (batch * tokens, hidden)
+    single = torch.cat(one_by_one(model, lambda ids: model(ids).logits))
+    torch.testing.assert_close(model(IDS, adapter_names=NAMES).logits, single, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_without_a_sequence() -> None:
     model = with_adapters(nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 8)), target_modules=["0", "2"])
     x = torch.randn(4, 8)
-    assert model(x, adapter_names=NAMES).shape == (4, 8)
-    with pytest.raises(ValueError, match="flattened tokens"):
-        model(x.repeat(2, 1), adapter_names=NAMES)
+    mixed = model(x, adapter_names=NAMES)
+    model.set_adapter("b")
+    torch.testing.assert_close(mixed[[0, 3]], model(x[[0, 3]]))

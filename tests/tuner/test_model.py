@@ -252,8 +252,10 @@ def test_modules_to_save_and_token_indices_train_next_to_the_offsets(tiny_llama:
         ({"target_modules": r".*layers\.1.*proj"}, 7),
         ({"exclude_modules": ["down_proj"]}, 12),
         ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, 1),
+        ({"layers_to_transform": 1}, 7),
+        ({"layers_to_transform": [0, 1], "layers_pattern": "layers"}, 14),
     ],
-    ids=["list", "regular expression", "exclude", "layers"],
+    ids=["list", "regular expression", "exclude", "layers", "layers of all-linear", "layers with a pattern"],
 )
 def test_modules_are_selected_as_in_every_peft_method(tiny_llama: Build, settings: dict, expected: int) -> None:
     assert len(adapted(get_peft_model(tiny_llama(), SVFConfig(**settings)))) == expected
