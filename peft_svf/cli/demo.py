@@ -38,6 +38,7 @@ def run_demo(output: Path, steps: int, seed: int, test_prompts: int) -> None:
         ExpertBankError: `output` holds something that is not a bank. Nothing was trained.
     """
     check_replaceable(output)
+    print(f"Training {len(FAMILIES)} experts for {steps} steps each, from the base model's own answers.", flush=True)
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading and saving weights: milliseconds here
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and transformers' own, nothing a user can mend
