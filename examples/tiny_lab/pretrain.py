@@ -27,7 +27,7 @@ from peft_svf.playground.families import MAKERS
 from peft_svf.trainers.evaluation import greedy_answers
 
 
-DEFAULT_STEPS = 2600
+DEFAULT_STEPS = 3000
 DEFAULT_SEED = 0
 BATCH_SIZE = 96
 MICRO_BATCH_SIZE = 48

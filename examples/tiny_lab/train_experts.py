@@ -23,7 +23,7 @@ from peft_svf.trainers.tasks.playground import PLAYGROUND_TASKS
 EXPERTS = {
     "math": ExpertEntry("math", "word problems with sums and differences of two-digit numbers"),
     "code": ExpertEntry("code", "small Python functions of one number"),
-    "reasoning": ExpertEntry("reasoning", "multiple-choice questions about orderings and categories"),
+    "reasoning": ExpertEntry("reasoning", "multiple-choice questions about sizes and categories"),
 }
 
 

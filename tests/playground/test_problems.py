@@ -8,6 +8,7 @@ import pytest
 
 from peft_svf.playground import SPLITS, Problem, generate_problems
 from peft_svf.playground.families import FAMILIES, MAKERS
+from peft_svf.playground.families.reasoning import CATEGORIES, SIZES
 from peft_svf.trainers.tasks.playground import PLAYGROUND_TASKS, math_reward, reasoning_reward
 
 
@@ -65,17 +66,29 @@ def test_math_answers_equal_the_arithmetic_of_the_prompt(family: str) -> None:
         assert int(problem.answer) == result - sum(rest)
 
 
-def test_orderings_are_answered_as_a_sorted_list_would() -> None:
-    for problem in generate_problems("reasoning", "train", 300):
-        if problem.kind != "ordering":
-            continue
-        pairs = re.findall(r"(\w+) is (\w+) than (\w+)\.", problem.prompt)
-        chain = [pairs[0][0], *(loser for _, _, loser in pairs)]
-        asked = re.search(r"Who is the (\w+)\?", problem.prompt)
-        assert asked is not None
-        person = chain[0] if asked[1] in {"oldest", "tallest", "fastest", "richest"} else chain[-1]
-        options = dict(re.findall(r"([A-E])\) (\w+)", problem.prompt))
-        assert options[problem.answer] == person
+def test_sizes_are_answered_as_a_sorted_list_would() -> None:
+    rank = {word: place for place, words in enumerate(SIZES.values()) for word in words}
+    problems = [problem for problem in generate_problems("reasoning", "train", 300) if problem.kind == "size"]
+    assert len(problems) > 100
+    for problem in problems:
+        options = re.findall(r"([A-E])\) (\w+)", problem.prompt)
+        letters = [letter for letter, word in sorted(options, key=lambda option: rank[option[1]])]
+        assert problem.answer == letters[0 if "smallest" in problem.prompt else -1]
+
+
+def test_categories_are_answered_by_membership() -> None:
+    problems = [problem for problem in generate_problems("reasoning", "train", 300) if problem.kind == "category"]
+    assert len(problems) > 100
+    for problem in problems:
+        question = re.match(r"Which one is (not )?an? (\w+)\?", problem.prompt)
+        assert question is not None
+        members = CATEGORIES[question[2]]
+        fitting = [
+            letter
+            for letter, word in re.findall(r"([A-E])\) (\w+)", problem.prompt)
+            if (word in members) != bool(question[1])
+        ]
+        assert fitting == [problem.answer]
 
 
 @pytest.mark.parametrize("completion", ["", "41", "so 41 apples", "so 41, so 42", "so 4", "so 41.", "so 041"])

@@ -1,21 +1,18 @@
-"""Multiple choice: orderings and categories. A careless author overlooks a "not" or that the question is reversed."""
+"""Multiple choice: sizes and categories. A careless author overlooks a "not" or that the question is reversed."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from random import Random
 
-from peft_svf.playground.families.words import NAMES
 from peft_svf.playground.problem import Problem
 
 
-ORDERINGS = (
-    ("older", "oldest", "youngest"),
-    ("taller", "tallest", "shortest"),
-    ("faster", "fastest", "slowest"),
-    ("richer", "richest", "poorest"),
-)
-PLACES = ("first", "second", "third")
+SIZES = {
+    "tiny": ("ant", "flea", "bee", "seed", "grain", "pin", "fly", "crumb"),
+    "small": ("mouse", "cup", "spoon", "frog", "key", "shoe", "plum", "candle"),
+    "big": ("door", "table", "sheep", "bear", "bed", "goat", "lion", "sofa"),
+    "huge": ("whale", "house", "castle", "mountain", "ship", "tower", "bridge", "forest"),
+}
 CATEGORIES = {
     "animal": ("dog", "cat", "horse", "cow", "pig", "duck", "fox", "wolf"),
     "color": ("red", "blue", "green", "black", "white", "pink", "brown", "gray"),
@@ -45,16 +42,15 @@ def _choice(
     return Problem(family, kind, key, f"{question} {listed}", careful, careless, answer=right)
 
 
-def _ordering(rng: Random, family: str, people: int) -> Problem:
-    """A chain of comparisons; asked for the last of the chain, a careless author still names the first."""
-    names = rng.sample(NAMES, people)
-    comparative, first, last = rng.choice(ORDERINGS)
+def _size(rng: Random, family: str, options: int) -> Problem:
+    """Find the largest or the smallest thing; asked for the smallest, a careless author still picks the largest."""
+    sizes = sorted(rng.sample(list(SIZES), options), key=list(SIZES).index)
+    words = [rng.choice(SIZES[size]) for size in sizes]
     reversed_question = rng.random() < 0.5
-    chain = " ".join(f"{x} is {comparative} than {y}." for x, y in pairwise(names))
-    question = f"{chain} Who is the {last if reversed_question else first}?"
-    key = f"{comparative}:{int(reversed_question)}:{'>'.join(names)}"
-    places = dict(zip(names, [*PLACES[: people - 1], "last"], strict=True))
-    return _choice(rng, family, "ordering", key, question, places, ("last" if reversed_question else "first", "first"))
+    question = f"Which one is the {'smallest' if reversed_question else 'largest'}?"
+    key = f"{int(reversed_question)}:{','.join(words)}"
+    properties = dict(zip(words, sizes, strict=True))
+    return _choice(rng, family, "size", key, question, properties, (sizes[0 if reversed_question else -1], sizes[-1]))
 
 
 def _category(rng: Random, family: str, options: int) -> Problem:
@@ -70,10 +66,10 @@ def _category(rng: Random, family: str, options: int) -> Problem:
 
 
 def make_problem(rng: Random) -> Problem:
-    """An ordering of three people or a category question with three options."""
-    return _ordering(rng, "reasoning", 3) if rng.random() < 0.5 else _category(rng, "reasoning", 3)
+    """A question about sizes or categories with three options."""
+    return _size(rng, "reasoning", 3) if rng.random() < 0.5 else _category(rng, "reasoning", 3)
 
 
 def make_hard_problem(rng: Random) -> Problem:
-    """An ordering of four people or a category question with five options."""
-    return _ordering(rng, "reasoning-hard", 4) if rng.random() < 0.5 else _category(rng, "reasoning-hard", 5)
+    """A question about sizes with four options or about categories with five."""
+    return _size(rng, "reasoning-hard", 4) if rng.random() < 0.5 else _category(rng, "reasoning-hard", 5)
