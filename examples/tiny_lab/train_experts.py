@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="folder written by pretrain.py")
     parser.add_argument("--output", type=Path, required=True, help="folder of the bank")
-    parser.add_argument("--steps", type=int, default=80, help="policy-gradient steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="policy-gradient steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
@@ -46,10 +46,10 @@ def main() -> None:
     results = {name: evaluate_family(bank, name, 500, report) for name, report in reports.items()}
     print_results(results)
     for name, result in results.items():
-        write_expert_card(arguments.output / name, card(name, result, arguments.steps, arguments.seed))
+        write_expert_card(arguments.output / name, card(name, result, arguments))
 
 
-def card(name: str, result: FamilyResult, steps: int, seed: int) -> ExpertCardData:
+def card(name: str, result: FamilyResult, arguments: argparse.Namespace) -> ExpertCardData:
     """The facts of one expert as it was just trained and measured."""
     n = len(result.base)
     measured = ExpertResult(
@@ -63,12 +63,13 @@ def card(name: str, result: FamilyResult, steps: int, seed: int) -> ExpertCardDa
     return ExpertCardData(
         name=f"Playground expert: {name}",
         label=EXPERTS[name].label,
+        base_model=str(arguments.output / "base"),
         trained_parameters=result.training.parameters,
         task=EXPERTS[name].description,
         reward="+1 for a right answer, −1 for any other",
         kl_coefficient=0.0,
-        seeds=(seed,),
-        steps=steps,
+        seeds=(arguments.seed,),
+        steps=arguments.steps,
         learning_rate=LEARNING_RATE,
         batch_size=BATCH_SIZE,
         hardware=f"{torch.get_num_threads()} CPU cores",
