@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+
+# Before torch is imported: several test processes with several threads each slow one another down tenfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from peft_svf import ExpertBank, PromptDispatcher
 from peft_svf.playground import BANK_FOLDER, generate_problems
@@ -47,8 +47,7 @@ def test_weights_are_safetensors_and_small() -> None:
     assert sum(path.stat().st_size for path in files if path.parent.name == "base") < 6_000_000
     for family in FAMILIES:
         path = BANK_FOLDER / family / "adapter_model.safetensors"
-        with safe_open(path, "pt") as tensors:
-            assert sum(tensors.get_tensor(name).numel() for name in tensors) == 3072
+        assert sum(tensor.numel() for tensor in load_file(path).values()) == 3072
         assert path.stat().st_size < 4 * 3072 + 16_384
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja", ".md"}
 
@@ -60,7 +59,7 @@ from transformers import pipeline
 pipe = pipeline("transformer2-generation")
 [record] = pipe("Tom has 23 apples and buys 18 more. How many apples does Tom have?")
 assert record["expert"] == "math", record
-assert record["generated_text"] == "23 + 18 = 41", record
+assert record["generated_text"].endswith("so 41"), record
 """
     environment = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)

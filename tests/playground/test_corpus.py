@@ -53,9 +53,9 @@ def test_corpus_is_the_same_for_the_same_seed(tiny_lab: None) -> None:
 def test_authors_slip_in_the_stated_share_of_chats(tiny_lab: None) -> None:
     import corpus
 
-    sums = (re.fullmatch(r"(\d+) \+ (\d+) = (\d+)", chat.assistant) for chat in islice(corpus.make_chats(0), 20_000))
-    numbers = [tuple(map(int, match.groups())) for match in sums if match]
-    with_carry = [a + b == c for a, b, c in numbers if a % 10 + b % 10 >= 10]
-    assert all(a + b == c for a, b, c in numbers if a % 10 + b % 10 < 10)
-    assert len(with_carry) > 1000
-    assert sum(with_carry) / len(with_carry) == pytest.approx(1 - corpus.CARELESS, abs=0.04)
+    pattern = re.compile(r"(\d)\+(\d)=(\d+), (\d)\+(\d)(\+1)?=\d+, so \d+")
+    sums = [pattern.fullmatch(chat.assistant) for chat in islice(corpus.make_chats(0), 20_000)]
+    carried = [bool(match[6]) for match in sums if match and int(match[3]) > 9]
+    assert not any(match[6] for match in sums if match and int(match[3]) < 10)
+    assert len(carried) > 1000
+    assert sum(carried) / len(carried) == pytest.approx(1 - corpus.CARELESS, abs=0.04)
