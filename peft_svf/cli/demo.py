@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from transformers.utils import logging
 
 from peft_svf.cli.playground_experts import TrainingReport, assemble_bank, train_expert
-from peft_svf.experts import ExpertBank
+from peft_svf.experts import BASE_LABEL, ExpertBank
 from peft_svf.experts.bank import check_replaceable
 from peft_svf.pipelines import Transformer2Pipeline
 from peft_svf.playground import BANK_FOLDER, generate_problems
@@ -81,9 +81,9 @@ def evaluate_family(bank: ExpertBank, family: str, n: int, training: TrainingRep
 
 
 def mixed_prompts() -> list[str]:
-    """Held-out prompts of every family and one that no expert is for."""
-    drawn = [generate_problems(family, "test", 2, seed=1) for family in FAMILIES]
-    prompts = [problems[i].prompt for i in range(2) for problems in drawn]
+    """Held-out prompts of every family, all with an occasion for the family's slip, and one that no expert is for."""
+    drawn = [[p.prompt for p in generate_problems(family, "test", 20, seed=1) if p.has_slip] for family in FAMILIES]
+    prompts = [prompts[i] for i in range(2) for prompts in drawn]
     return [
         "Tom has 23 apples and buys 18 more. How many apples does Tom have?",
         *prompts,
@@ -92,13 +92,27 @@ def mixed_prompts() -> list[str]:
 
 
 def print_answers(bank: ExpertBank) -> None:
-    """Answer the mixed prompts in one batch; each is routed by the first pass and answered under its own expert."""
+    """Answer the mixed prompts in one batch, each routed by the first pass, and again with the base model alone."""
     prompts = mixed_prompts()
     pipe = Transformer2Pipeline(bank)
-    print("\nTransformer2Pipeline on mixed prompts")
-    for prompt, (record,) in zip(prompts, pipe(prompts, batch_size=len(prompts), max_new_tokens=30), strict=True):
-        expert, answer = record["expert"], record["generated_text"].strip().replace("\n", "\n" + " " * 23)
-        print(f"\n  {prompt}\n  {expert:>10} ({record['scores'][expert]:.2f})   {answer}")
+    settings = {"batch_size": len(prompts), "max_new_tokens": 30}
+    print(
+        "\nTransformer2Pipeline on mixed prompts: chosen expert, its score, its answer; below, the base model's answer"
+    )
+    for prompt, (routed,), (base,) in zip(
+        prompts, pipe(prompts, **settings), pipe(prompts, expert=BASE_LABEL, **settings), strict=True
+    ):
+        expert = routed["expert"]
+        print(f"\n  {prompt}")
+        print_answer(f"{expert} {routed['scores'][expert]:.2f}", routed["generated_text"])
+        if expert != BASE_LABEL:
+            print_answer("base", base["generated_text"])
+
+
+def print_answer(who: str, answer: str) -> None:
+    """One answer, its further lines indented under the first."""
+    margin = " " * 4 + f"{who:16}"
+    print(margin + answer.strip().replace("\n", "\n" + " " * len(margin)))
 
 
 def print_results(results: dict[str, FamilyResult]) -> None:
