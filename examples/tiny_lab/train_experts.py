@@ -1,6 +1,6 @@
 """Train the experts of the embedded bank: `python train_experts.py --base base --output bank`.
 
-The recipe is the demo's (`peft-svf demo`), with more steps. Writes a whole bank: base model, experts and their cards.
+The recipe is the demo's (`peft-svf demo`). Writes a whole bank: base model, experts and their cards.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="train three experts on the playground, evaluate them, answer mixed prompts (offline, CPU)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--steps", type=positive, default=40, help="policy-gradient steps for each expert")
+    demo.add_argument("--steps", type=positive, default=60, help="policy-gradient steps for each expert")
     demo.add_argument("--seed", type=int, default=0, help="seed of rollouts and of training prompts")
     demo.add_argument("--test-prompts", type=positive, default=300, help="held-out prompts for each family")
     demo.add_argument("--output", type=Path, default=Path("peft-svf-demo"), help="folder of the trained bank")
