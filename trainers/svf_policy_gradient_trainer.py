@@ -327,7 +327,13 @@ class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
             os.makedirs(self.args.output_dir, exist_ok=True)
             write_expert_card(self.args.output_dir, self._card_facts(model_name, dataset_name))
 
-    def _card_facts(self, model_name: str | None, dataset_name: str | None) -> ExpertCardData:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the expert with its card, last: PEFT rewrites the metadata of any card that it finds."""
+        super()._save(output_dir, state_dict)
+        if self._is_svf:
+            write_expert_card(output_dir or self.args.output_dir, self._card_facts())
+
+    def _card_facts(self, model_name: str | None = None, dataset_name: str | None = None) -> ExpertCardData:
         args, config = self.args, self._base_model.config
         return ExpertCardData(
             name=model_name or os.path.basename(os.path.abspath(args.output_dir)),

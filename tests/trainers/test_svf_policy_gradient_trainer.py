@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor
 
 from peft_svf import SVFConfig
@@ -301,6 +302,8 @@ def test_card_states_the_run_and_claims_no_result(make_trainer: MakeTrainer, tmp
     offsets = sum(p.numel() for p in trainable(trainer).values())
     assert "even_digits" in card and "0.25" in card and str(offsets) in card
     assert "fine-tuned version of [None]" not in card and "GRPO" not in card
+    trainer.save_model()  # PEFT rewrites the metadata of a card that it finds: ours comes last
+    assert ModelCard.load(tmp_path / "run" / "README.md").data.tags == ["peft", "svf", "transformer2"]
 
 
 def test_a_lora_adapter_is_trained_unmerged(make_trainer: MakeTrainer, tiny: SimpleNamespace) -> None:
