@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -22,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm, trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from peft_svf.experts.files import make_readable, replaced_folder
 from peft_svf.playground import generate_problems
 from peft_svf.playground.families import MAKERS
 from peft_svf.trainers.evaluation import greedy_answers
@@ -110,13 +110,11 @@ def share_of_careful_answers(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
-    """Write the model folder beside `output` and move it there, so that no half-written folder is ever seen."""
-    temporary = output.with_name(output.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(output, ignore_errors=True)
-    temporary.rename(output)
+    """Write the model folder, replacing the last checkpoint in one step."""
+    with replaced_folder(output.absolute()) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        make_readable(folder)
 
 
 def pretrain(

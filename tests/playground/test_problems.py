@@ -51,6 +51,8 @@ def test_careful_answers_are_rewarded_and_slips_are_not(family: str) -> None:
     problems = generate_problems(family, "test", 100)
     dataset = task.load("test", 100)
     assert dataset["prompt"][0] == [{"role": "user", "content": problems[0].prompt}]
+    assert dataset["id"][:50] == task.load("test", 50)["id"][:]
+    assert len(set(dataset["id"])) == 100
     columns = {"answer": dataset["answer"][:], "tests": dataset["tests"][:]}
     assert task.reward(completions=[problem.careful for problem in problems], **columns) == [1.0] * 100
     expected = [-1.0 if states_another_result(problem) else 1.0 for problem in problems]

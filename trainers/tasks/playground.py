@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ STATED_LETTER = re.compile(r"\bso ([A-E])\s*$")
 
 
 def _reward_stated_answer(
-    pattern: re.Pattern[str], completions: list[str | Messages], answer: list[str], **kwargs: Any
+    pattern: re.Pattern[str], completions: list[str | Messages], answer: list[str]
 ) -> list[float | None]:
     matches = [pattern.search(answer_text(completion)) for completion in completions]
     return [1.0 if match and match[1] == expected else -1.0 for match, expected in zip(matches, answer, strict=True)]
@@ -40,9 +41,9 @@ def code_reward(completions: list[str | Messages], tests: list[list[str]], **kwa
     return [1.0 if result.passed else -1.0 for result in results]
 
 
-def _row(index: int, split: str, problem: Problem) -> dict[str, Any]:
+def _row(problem: Problem) -> dict[str, Any]:
     return {
-        "id": f"{problem.family}/{split}/{index}",
+        "id": f"{problem.family}/{hashlib.sha256(problem.prompt.encode()).hexdigest()[:16]}",
         "prompt": [{"role": "user", "content": problem.prompt}],
         "answer": problem.answer,
         "tests": list(problem.tests),
@@ -50,8 +51,7 @@ def _row(index: int, split: str, problem: Problem) -> dict[str, Any]:
 
 
 def _load(family: str, split: str, n: int, seed: int = 0) -> Dataset:
-    problems = generate_problems(family, split, n, seed)
-    return Dataset.from_list([_row(index, split, problem) for index, problem in enumerate(problems)])
+    return Dataset.from_list([_row(problem) for problem in generate_problems(family, split, n, seed)])
 
 
 def _task(family: str, reward: RewardFunction, max_new_tokens: int) -> Task:
