@@ -38,14 +38,18 @@ def run_demo(output: Path, steps: int, seed: int, test_prompts: int) -> None:
         ExpertBankError: `output` holds something that is not a bank. Nothing was trained.
     """
     check_replaceable(output)
-    print(f"Training {len(FAMILIES)} experts for {steps} steps each, from the base model's own answers.", flush=True)
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading and saving weights: milliseconds here
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and transformers' own, nothing a user can mend
     started = time.perf_counter()
+    embedded = ExpertBank.from_pretrained(BANK_FOLDER)
+    size = sum(p.numel() for name, p in embedded.model.named_parameters() if "svf_" not in name)
+    print(
+        f"The base model has {size} parameters. Training {len(FAMILIES)} experts of it, {steps} steps each.",
+        flush=True,
+    )
     with TemporaryDirectory() as folder:
         reports = train_experts(Path(folder), steps, seed)
-        embedded = ExpertBank.from_pretrained(BANK_FOLDER)
         bank = assemble_bank(Path(folder), embedded.experts, embedded.instruction)
         results = {family: evaluate_family(bank, family, test_prompts, reports[family]) for family in FAMILIES}
         bank.save_pretrained(output, include_base=True)
