@@ -12,12 +12,11 @@ from tempfile import TemporaryDirectory
 import torch
 from corpus import ROUTING_INSTRUCTION
 
-from peft_svf.cli.demo import FamilyResult, evaluate_family, print_results
-from peft_svf.cli.playground_experts import BATCH_SIZE, LEARNING_RATE, assemble_bank, train_expert
+from peft_svf.cli.demo import FamilyResult, evaluate_family, print_results, train_experts
+from peft_svf.cli.playground_experts import BATCH_SIZE, LEARNING_RATE, assemble_bank
 from peft_svf.experts import ExpertEntry
 from peft_svf.hub_cards import ExpertCardData, ExpertResult, write_expert_card
 from peft_svf.trainers.statistics import wilson_interval
-from peft_svf.trainers.tasks.playground import PLAYGROUND_TASKS
 
 
 EXPERTS = {
@@ -35,12 +34,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
-        reports = {
-            name: train_expert(
-                PLAYGROUND_TASKS[name], Path(folder) / name, arguments.steps, arguments.seed, arguments.base
-            )
-            for name in EXPERTS
-        }
+        reports = train_experts(Path(folder), arguments.steps, arguments.seed, arguments.base)
         bank = assemble_bank(Path(folder), EXPERTS, ROUTING_INSTRUCTION, arguments.base)
         bank.save_pretrained(arguments.output, include_base=True)
     results = {name: evaluate_family(bank, name, 500, report) for name, report in reports.items()}

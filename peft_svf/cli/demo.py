@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from transformers.utils import logging
 
-from peft_svf.cli.playground_experts import TrainingReport, assemble_bank, train_expert
+from peft_svf.cli.playground_experts import BASE_FOLDER, TrainingReport, assemble_bank, train_expert
 from peft_svf.experts import BASE_LABEL, ExpertBank
 from peft_svf.experts.bank import check_replaceable
 from peft_svf.pipelines import Transformer2Pipeline
@@ -59,11 +59,11 @@ def run_demo(output: Path, steps: int, seed: int, test_prompts: int) -> None:
     print(f'  import peft_svf; from transformers import pipeline; pipeline("transformer2-generation", "{output}")')
 
 
-def train_experts(folder: Path, steps: int, seed: int) -> dict[str, TrainingReport]:
+def train_experts(folder: Path, steps: int, seed: int, base: Path = BASE_FOLDER) -> dict[str, TrainingReport]:
     """Train one expert a family into sub-folders of `folder`."""
     reports = {}
     for family in FAMILIES:
-        report = train_expert(PLAYGROUND_TASKS[family], folder / family, steps, seed)
+        report = train_expert(PLAYGROUND_TASKS[family], folder / family, steps, seed, base)
         reports[family] = report
         print(
             f"{family:9}  {steps} steps, {report.parameters} parameters, {report.seconds:.0f} s; greedy validation "

@@ -12,9 +12,7 @@ from transformers.utils.chat_template_utils import Chat
 
 from peft_svf.dispatch import Dispatcher, PromptDispatcher
 from peft_svf.experts.bank import BASE_LABEL, ExpertBank
-
-
-PEFT_BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
+from peft_svf.tuner.layer import BASE_MODEL
 
 
 class RoutingMixin:
@@ -80,7 +78,7 @@ class RoutingMixin:
         names, scores = self._choose(prompts, pinned)
         uses_experts = any(name != BASE_LABEL for name in names)
         if uses_experts:
-            adapters = [PEFT_BASE_MODEL if name == BASE_LABEL else name for name in names]
+            adapters = [BASE_MODEL if name == BASE_LABEL else name for name in names]
             generate_kwargs["adapter_names"] = adapters
         with nullcontext() if uses_experts else self.bank.base_only():
             outputs = super()._forward(model_inputs, **generate_kwargs)  # type: ignore[misc]

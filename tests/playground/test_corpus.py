@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_svf.cli.playground_experts import MAX_TRAINING_PROMPTS
 from peft_svf.playground import generate_problems
 from peft_svf.playground.families import MAKERS
 from peft_svf.trainers.tasks.playground import PLAYGROUND_TASKS
@@ -38,7 +39,7 @@ def test_held_out_prompts_occur_neither_in_pretraining_nor_in_expert_training(ti
     assert len(seen) > 100_000
     assert not held_out & seen
     for task in PLAYGROUND_TASKS.values():
-        trained = {prompt[0]["content"] for prompt in task.load("train", 3000, 0)["prompt"]}
+        trained = {prompt[0]["content"] for prompt in task.load("train", MAX_TRAINING_PROMPTS, 0)["prompt"]}
         assert not held_out & trained
 
 
