@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import Chat
 
 from peft_svf.dispatch import Dispatcher, PromptDispatcher
 from peft_svf.experts.bank import BASE_LABEL, ExpertBank
-from peft_svf.tuner.layer import BASE_MODEL
+from peft_svf.tuner.mixed_batch import BASE_MODEL
 
 
 class RoutingMixin:

@@ -16,6 +16,9 @@ from typing import Literal
 import torch
 
 
+Side = Literal["input", "output"]
+
+
 @dataclass(frozen=True)
 class SingularBasis:
     """The orthonormal basis Q in which one weight is scaled.
@@ -30,7 +33,7 @@ class SingularBasis:
             Shape (r,), descending, not negative.
     """
 
-    side: Literal["input", "output"]
+    side: Side
     vectors: torch.Tensor
     singular_values: torch.Tensor
 
@@ -52,7 +55,7 @@ def singular_basis(weight: torch.Tensor) -> SingularBasis:
         ValueError: `weight` is not a matrix, is empty, holds no numbers yet (meta device), or is not finite or zero.
     """
     matrix = _as_float64(weight)  # (out, in)
-    side: Literal["input", "output"] = "input" if matrix.shape[1] <= matrix.shape[0] else "output"
+    side: Side = "input" if matrix.shape[1] <= matrix.shape[0] else "output"
     # Dividing by the largest entry keeps the squares in the Gram matrix within range.
     scale = matrix.abs().max()
     matrix = matrix / scale

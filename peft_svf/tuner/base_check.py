@@ -11,52 +11,64 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_svf.spectrum import sketch_distance, weight_sketch
+from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.layer import SVFLayer
 
 
 # Relative differences of a weight, ‖ΔW‖_F / ‖W‖_F. Rounding to bfloat16 gives 1e-3, to int8 about 5e-3.
 OTHER_MODEL = 1e-2
+OTHER_QUANTIZATION = 0.3  # int4 gives about 0.1; unrelated weights of one size give 1.4
 OTHER_ROUNDING = 1e-6
 
 
-def collect_fingerprint(model: nn.Module, adapter_name: str) -> dict[str, list[float]]:
-    """The sketches of all weights that `adapter_name` adapts, by module name."""
-    return {
-        name: layer.svf_sketch
-        for name, layer in model.named_modules()
-        if isinstance(layer, SVFLayer) and adapter_name in layer.svf_offset
-    }
+def collect_fingerprint(layers: dict[str, SVFLayer]) -> dict[str, list[float]]:
+    """The sketches of all adapted weights, by module name."""
+    return {name: layer.svf_sketch for name, layer in layers.items() if layer.svf_sketch is not None}
 
 
-def check_base_model(model: nn.Module, fingerprint: dict[str, list[float]], base_model: str | None) -> None:
+def check_base_model(model: nn.Module, config: SVFConfig) -> None:
     """Compare the weights of `model` with the fingerprint of an adapter, before anything is changed.
+
+    Where the adapter brings its singular bases along, or takes them from the unquantized checkpoint, the weights of
+    the model only need to be a quantization of those it was trained on.
 
     Args:
         model (`nn.Module`): The model that the adapter is about to be put into.
-        fingerprint (`dict[str, list[float]]`): Sketches by module name (see [`collect_fingerprint`]).
-        base_model (`str`, *optional*): The name or path of the model that the adapter was trained on.
+        config (`SVFConfig`): The adapter's configuration, with its fingerprint.
 
     Warns:
         Once, with the largest difference, if the weights are the same up to rounding.
 
     Raises:
-        ValueError: A weight is missing, has another shape or differs by more than 1e-2 of its norm.
+        ValueError: A weight is missing, has another shape or differs by more than 1e-2 of its norm (0.3 with a basis
+            from elsewhere).
     """
     modules = dict(model.named_modules())
+    has_own_basis = bool(config.save_basis or config.basis_source)
+    found = {
+        name: _sketch_module(modules[name]) if name in modules else None for name in config.base_fingerprint or {}
+    }
+    compare_fingerprints(found, config, has_own_basis)
+
+
+def compare_fingerprints(
+    found: dict[str, list[float] | None], config: SVFConfig, allows_quantization: bool = False
+) -> None:
+    """Compare sketches of weights with the fingerprint of an adapter; warns and raises as [`check_base_model`]."""
     largest, largest_name, reason = 0.0, "", ""
-    for name, expected in fingerprint.items():
-        found = _sketch_module(modules[name]) if name in modules else None
-        distance = math.inf if found is None else sketch_distance(found, expected)
+    for name, expected in (config.base_fingerprint or {}).items():
+        distance = math.inf if found.get(name) is None else sketch_distance(found[name], expected)
         if distance > largest:
-            largest, largest_name, reason = distance, name, _describe(found, expected, distance)
+            largest, largest_name, reason = distance, name, _describe(found.get(name), expected, distance)
         if distance == math.inf:
             break
+    base_model = config.base_model_name_or_path
     expected_base = f"'{base_model}'" if base_model else "the model it was trained on"
-    if largest > OTHER_MODEL:
+    if largest > (OTHER_QUANTIZATION if allows_quantization else OTHER_MODEL):
         raise ValueError(
             f"this adapter belongs to another base model: '{largest_name}' {reason}; load it onto {expected_base}"
         )
-    if largest > OTHER_ROUNDING:
+    if largest > OTHER_ROUNDING and not allows_quantization:
         warnings.warn(
             "this adapter meets slightly different weights than it was trained on: the largest relative difference "
             f"is {largest:.1e}, in '{largest_name}'; to be exact, load {expected_base} in the dtype and quantization "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from peft import PeftConfig, PeftType
 
@@ -12,8 +13,9 @@ class SVFConfig(PeftConfig):
     """
     The configuration of singular value fine-tuning ([`SVFModel`]), from Transformer² (arXiv 2501.06252, section 3.1).
 
-    Every adapted weight W = U Σ Vᵀ becomes W' = U Σ diag(1 + offset) Vᵀ at full rank, so there is no rank to choose:
-    the only trained numbers are one offset for each singular value.
+    Every adapted weight W = U Σ Vᵀ becomes W' = U Σ diag(1 + offset) Vᵀ. The only trained numbers are one offset for
+    each singular value, at full rank unless `rank` says otherwise. Half of the layers, as the paper adapts its largest
+    models: `SVFConfig(layers_to_transform=list(range(0, model.config.num_hidden_layers, 2)))`.
 
     Args:
         target_modules (`list[str]` or `str`, *optional*, defaults to `"all-linear"`):
@@ -31,16 +33,34 @@ class SVFConfig(PeftConfig):
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Tokens whose embeddings are trained too, selected by index.
         target_parameters (`list[str]`, *optional*):
-            Reserved for fused expert parameters, which are not supported yet: must be left out.
+            Parameters to adapt that are not the weight of a linear layer: the fused experts of a mixture-of-experts
+            model, for instance `["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]`. Every expert has its own
+            singular values.
+        rank (`int`, *optional*):
+            Adapt only this many leading singular values of every weight; all of them if not given. Weights with fewer
+            are adapted in full.
+        rank_pattern (`dict[str, int]`, *optional*):
+            Exceptions from `rank`, by module name or regular expression: `{"layers.0.self_attn.q_proj": 8}`.
+        parametrization (`"offset"` or `"sigmoid"`, *optional*, defaults to `"offset"`):
+            What is trained. `"offset"`: z − 1 itself, starting at 0. `"sigmoid"`: the logit p of z = sigmoid(p), with
+            W' rescaled so that its nuclear norm stays that of W (see [`SVFConfig.paper`]).
         init_weights (`bool`, *optional*, defaults to `True`):
-            `True` starts from offset 0, which is the base model exactly. `False` draws offsets with standard deviation
-            0.1; it is meant for tests.
+            `True` starts from offset 0, which is the base model exactly (with `"sigmoid"`, close to it: logits with
+            mean 0.1 and standard deviation 0.01). `False` draws offsets with a standard deviation of about 0.1; it is
+            meant for tests.
+        basis_source (`str`, *optional*):
+            Folder or Hub id of the unquantized checkpoint of the base model. The singular bases are then computed from
+            its weights, read tensor by tensor, instead of from those of the model: for bases that are quantized to
+            few bits, or in a format that cannot be dequantized.
+        save_basis (`bool`, *optional*, defaults to `False`):
+            Save the singular bases with the expert. It is then no longer small, but loads without computing anything,
+            also onto formats that cannot be dequantized.
         base_fingerprint (`dict[str, list[float]]`, *optional*):
             A sketch of every adapted weight of the base model, by module name. Filled in when the adapter is created
             and compared when it is loaded; not for users to set.
 
     Raises:
-        ValueError: `target_parameters` is given.
+        ValueError: A value that cannot be; the message names the argument.
     """
 
     target_modules: list[str] | set[str] | str | None = field(
@@ -69,11 +89,31 @@ class SVFConfig(PeftConfig):
     )
     target_parameters: list[str] | None = field(
         default=None,
-        metadata={"help": "Reserved for fused expert parameters, not supported yet."},
+        metadata={"help": "Fused expert parameters to adapt, by name or ending."},
+    )
+    rank: int | None = field(
+        default=None,
+        metadata={"help": "Number of leading singular values to adapt; all if not given."},
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Exceptions from `rank`, by module name or regular expression."},
+    )
+    parametrization: Literal["offset", "sigmoid"] = field(
+        default="offset",
+        metadata={"help": "What is trained: the offset z - 1, or the logit of z as in the paper's code."},
     )
     init_weights: bool = field(
         default=True,
         metadata={"help": "True: offset 0, the base model exactly. False: random offsets, for tests."},
+    )
+    basis_source: str | None = field(
+        default=None,
+        metadata={"help": "Unquantized checkpoint of the base model, to take the singular bases from."},
+    )
+    save_basis: bool = field(
+        default=False,
+        metadata={"help": "Save the singular bases with the expert."},
     )
     base_fingerprint: dict[str, list[float]] | None = field(
         default=None,
@@ -85,7 +125,7 @@ class SVFConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.SVF
         if self.target_modules is None:
-            self.target_modules = "all-linear"
+            self.target_modules = set() if self.target_parameters else "all-linear"
         # Sets, as in PEFT's own configurations: membership tests run once for every module of the model.
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -93,8 +133,26 @@ class SVFConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`: say which layer indices to adapt")
-        if self.target_parameters:
-            raise ValueError(
-                f"`target_parameters={self.target_parameters}` is not supported yet: SVF adapts linear layers, not "
-                "fused expert parameters; use `target_modules`"
-            )
+        if self.parametrization not in ("offset", "sigmoid"):
+            raise ValueError(f"`parametrization` must be 'offset' or 'sigmoid', got {self.parametrization!r}")
+        self.rank_pattern = self.rank_pattern or {}
+        for name, rank in [("rank", self.rank), *((f"rank_pattern['{k}']", v) for k, v in self.rank_pattern.items())]:
+            if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {rank!r}")
+        # A fingerprint that is given comes from a checkpoint and is compared with the model; one that the tuner writes
+        # later, for saving, says nothing about the next model that this object is used for.
+        self.compares_base = self.base_fingerprint is not None
+
+    @classmethod
+    def paper(cls, **kwargs: Any) -> SVFConfig:
+        """The parametrization of the paper's released code; other arguments as in [`SVFConfig`].
+
+        A logit p for each singular value, drawn with mean 0.1 and standard deviation 0.01 (the paper prints a variance
+        of 1e-3), z = sigmoid(p), and the weight rescaled to keep its nuclear norm:
+
+            W' = U Σ diag(z) Vᵀ · Σᵢσᵢ / Σᵢσᵢzᵢ
+
+        The paper's text does not mention the factor and calls 0.1 the initial mean of z itself, which would destroy
+        the model. Equal z mean the base model, so training starts close to it but not at it.
+        """
+        return cls(parametrization="sigmoid", **kwargs)

@@ -11,35 +11,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
-from peft_svf.spectrum import SingularBasis, singular_basis, weight_change, weight_sketch
+from peft_svf.spectrum import Side, SingularBasis, weight_change
 from peft_svf.tuner.config import SVFConfig
+from peft_svf.tuner.offset import SVFLogit, SVFOffset
 
 
-BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
-INIT_STD = 0.1
+class RowOffsets(Protocol):
+    """What an adapted layer needs to know of a mixed batch (see [`MixedBatch`])."""
 
-
-class SVFOffset(nn.Module):
-    """The offsets z − 1 of one weight under one adapter: the trained parameter, shape (r,), always float32.
-
-    A module of its own, because FSDP wraps leaf modules that own a trainable `.weight`, and because TRL finds the
-    parameters of an adapter by `.<adapter>.` inside their names.
-    """
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(rank, dtype=torch.float32))
-
-    def forward(self) -> torch.Tensor:
-        return self.weight
+    def row_offsets(self, layer: SVFLayer, x: torch.Tensor) -> torch.Tensor:
+        """The offsets for each row of x, shape (B, 1, …, k) with as many axes as x."""
 
 
 class SVFLayer(BaseTunerLayer):
@@ -47,17 +38,22 @@ class SVFLayer(BaseTunerLayer):
 
     Attributes:
         svf_offset (`nn.ModuleDict`): [`SVFOffset`] by adapter name.
-        svf_basis (`torch.Tensor`): Q, shape (r, r), a buffer that no checkpoint holds.
-        svf_side (`"input"` or `"output"`): The side on which Q acts.
+        svf_strength (`dict[str, float]`): The factor that each adapter's offset is applied with.
+        svf_basis (`torch.Tensor`): Q, shape (r, k): the leading k columns, as many as the largest adapter needs. A
+            buffer that no checkpoint holds; `None` until [`~SVFLayer.set_basis`] brings it.
+        svf_singular_values (`torch.Tensor`): All singular values, shape (r,).
         svf_sketch (`list[float]`): The fingerprint of the weight that Q was computed from.
     """
 
     adapter_layer_names = ("svf_offset",)
+    other_param_names = ("svf_strength",)
     svf_basis: torch.Tensor
+    svf_singular_values: torch.Tensor
     svf_unmerged_weight: torch.Tensor | None
 
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, name: str = "", **kwargs: Any) -> None:
         self.base_layer = base_layer
+        self.svf_name = name
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -65,60 +61,80 @@ class SVFLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.components = min(self.in_features, self.out_features)  # r
+        self.svf_side: Side = "input" if self.in_features <= self.out_features else "output"
         self.svf_offset = nn.ModuleDict()
-
-        weight = self._to_matrix(self.get_base_weight())
-        basis = singular_basis(weight)
-        self.svf_side = basis.side
-        self.svf_sketch = weight_sketch(weight)
-        dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16, torch.float64) else torch.float32
-        self.register_buffer("svf_basis", basis.vectors.to(weight.device, dtype), persistent=False)
+        self.svf_strength: dict[str, float] = {}
+        self.svf_sketch: list[float] | None = None
+        self.register_buffer("svf_basis", None, persistent=False)
+        self.register_buffer("svf_singular_values", None, persistent=False)
         # The weight as it was before merging; a buffer so that it follows the model to other devices.
         self.register_buffer("svf_unmerged_weight", None, persistent=False)
 
     def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
-        """Add the offsets of a new adapter; the basis is the one that the layer already has."""
-        offset = SVFOffset(self.svf_basis.shape[0])
-        if not config.init_weights:
-            nn.init.normal_(offset.weight, std=INIT_STD)
+        """Add the offsets of a new adapter; the basis is shared with the adapters that are there."""
+        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), self.svf_name), config.rank)
+        kind = SVFLogit if config.parametrization == "sigmoid" else SVFOffset
+        offset = kind(self.components if rank is None else min(rank, self.components))
+        offset.initialize(config.init_weights)
         self.svf_offset[adapter_name] = offset
+        self.svf_strength[adapter_name] = 1.0
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Unlike PEFT's, never changes the dtype: near 0 a half-precision offset would lose the steps of the optimizer.
-        offset = self.svf_offset[adapter_name]
-        if not offset.weight.is_meta:
-            offset.to(self.svf_basis.device if device is None else device)
+    def needs_basis(self) -> bool:
+        """Whether an adapter wants more columns of the basis than the layer has."""
+        columns = -1 if self.svf_basis is None else self.svf_basis.shape[1]
+        return any(offset.weight.shape[0] > columns for offset in self.svf_offset.values())
 
-    def _to_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+    def set_basis(self, basis: SingularBasis, sketch: list[float]) -> None:
+        """Take over the singular basis of the weight, of which only the columns in use are kept, and its sketch."""
+        columns = max(offset.weight.shape[0] for offset in self.svf_offset.values())
+        vectors = basis.vectors if columns == basis.vectors.shape[1] else basis.vectors[:, :columns].contiguous()
+        device = self.base_device()
+        self.svf_basis = vectors.to(device)
+        dtype = torch.promote_types(vectors.dtype, torch.float32)
+        self.svf_singular_values = basis.singular_values.to(device, dtype)
+        self.svf_sketch = sketch
+
+    def to_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """From the layout of the base layer to (out, in), and back."""
         return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
 
-    def _active_offset(self) -> torch.Tensor | None:
-        """The offset to apply in this forward pass, shape (r,); `None` if the base layer alone is right."""
-        return None if self.merged else self._sum_offsets(self.active_adapters)
+    def unmerged_weight(self) -> torch.Tensor:
+        """The base weight in its own layout, dequantized, as it is or was without any adapter merged."""
+        return self.get_base_weight() if self.svf_unmerged_weight is None else self.svf_unmerged_weight
 
-    def _sum_offsets(self, adapter_names: Iterable[str]) -> torch.Tensor | None:
-        """Σ offset over those of the adapters that this layer has, shape (r,); `None` if it has none of them."""
-        offsets = [self.svf_offset[name]() for name in adapter_names if name in self.svf_offset]
-        if not offsets:
-            return None
-        return offsets[0] if len(offsets) == 1 else torch.stack(offsets).sum(0)
+    def offset(self, adapter_name: str) -> torch.Tensor:
+        """z − 1 of one adapter at its strength, shape (k,)."""
+        module = self.svf_offset[adapter_name]
+        offset = module(self.svf_singular_values) if isinstance(module, SVFLogit) else module()
+        strength = self.svf_strength[adapter_name]
+        return offset if strength == 1.0 else offset * strength
 
-    def _gather_offsets(self, adapter_names: list[str]) -> torch.Tensor:
-        """The offsets of each row of a mixed batch, shape (B, r); zeros for the base model."""
-        unique = sorted({name for name in adapter_names if name in self.svf_offset})
-        base = torch.zeros(self.svf_basis.shape[0], dtype=torch.float32, device=self.svf_basis.device)
-        table = torch.stack([base, *(self.svf_offset[name]() for name in unique)])  # (1 + K, r)
-        index = [unique.index(name) + 1 if name in unique else 0 for name in adapter_names]
-        return table[torch.tensor(index, device=table.device)]
+    def sum_offsets(self, adapter_names: Iterable[str]) -> torch.Tensor | None:
+        """Σ offset over those of the adapters that this layer has, shape (k,); `None` if it has none of them."""
+        offsets = [self.offset(name) for name in adapter_names if name in self.svf_offset]
+        if len(offsets) < 2:
+            return offsets[0] if offsets else None
+        return stack_offsets(offsets).sum(0)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
+    def base_device(self) -> torch.device:
+        """Where the base layer's weights are."""
+        base = self.get_base_layer()
+        return next((t.device for t in (*base.parameters(), *base.buffers())), torch.device("cpu"))
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Unlike PEFT's, does not change the dtype: near 0 a half-precision offset loses the optimizer's small steps.
+        offset = self.svf_offset[adapter_name]
+        if not offset.weight.is_meta:
+            offset.to(self.base_device() if device is None else device)
+
     def _scale_singular_values(self, x: torch.Tensor, offset: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The layer itself: `offset` is (r,) for the whole batch, or (B, 1, …, r) with one row for each row of x."""
+        """The layer itself: `offset` is (k,) for the whole batch, or (B, 1, …, k) with one row for each row of x."""
         if self.svf_side == "input":
             return self.base_layer(x + self._project(x, offset), *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)  # (..., out)
@@ -129,18 +145,18 @@ class SVFLayer(BaseTunerLayer):
 
     def _project(self, x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """((x Q) ⊙ offset) Qᵀ, in the dtype of x."""
-        basis = self.svf_basis
+        basis = self._columns(offset.shape[-1])
         scaled = (self._cast_input_dtype(x, basis.dtype) @ basis) * offset  # float32 or better, as the offset is
         return (scaled.to(basis.dtype) @ basis.T).to(x.dtype)
 
-    def _row_offsets(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        """The offsets of a mixed batch, shape (B, 1, …, r) with as many axes as x."""
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+    def _columns(self, count: int) -> torch.Tensor:
+        """The leading columns of Q, shape (r, count)."""
+        if self.svf_basis is None:
+            raise RuntimeError(
+                f"'{self.svf_name}' has no singular basis yet: its adapter was saved with `save_basis=True`, so load "
+                "the adapter's weights before using it"
             )
-        offsets = self._gather_offsets(repeat_adapter_names(adapter_names, x.shape[0]))  # (B, r)
-        return offsets.view(offsets.shape[0], *(1,) * (x.dim() - 2), offsets.shape[1])
+        return self.svf_basis if self.svf_basis.shape[1] == count else self.svf_basis[:, :count]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
@@ -159,7 +175,7 @@ class SVFLayer(BaseTunerLayer):
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.svf_offset]
         if not new:
             return
-        original = self._get_unmerged_weight()
+        original = self.unmerged_weight()
         change = self._weight_change([*self.merged_adapters, *new])
         merged = (original.to(change.dtype) + change).to(original.dtype)
         if safe_merge and not torch.isfinite(merged).all():
@@ -184,16 +200,13 @@ class SVFLayer(BaseTunerLayer):
         """ΔW of one adapter in the layout of the base weight, in float32 or better, whether it is merged or not."""
         return self._weight_change([adapter])
 
-    def _get_unmerged_weight(self) -> torch.Tensor:
-        return self.get_base_weight() if self.svf_unmerged_weight is None else self.svf_unmerged_weight
-
     @torch.no_grad()
     def _weight_change(self, adapter_names: list[str]) -> torch.Tensor:
-        offset = self._sum_offsets(adapter_names)
+        offset = self.sum_offsets(adapter_names)
         if offset is None:
             raise ValueError(f"this layer has no adapter named {', '.join(adapter_names)}")
-        basis = SingularBasis(self.svf_side, self.svf_basis, torch.empty(0))
-        return self._to_matrix(weight_change(self._to_matrix(self._get_unmerged_weight()), basis, offset))
+        basis = SingularBasis(self.svf_side, self._columns(offset.shape[0]), self.svf_singular_values)
+        return self.to_matrix(weight_change(self.to_matrix(self.unmerged_weight()), basis, offset))
 
 
 class Linear(nn.Module, SVFLayer):
@@ -203,27 +216,28 @@ class Linear(nn.Module, SVFLayer):
         base_layer (`nn.Module`): The layer to adapt.
         adapter_name (`str`): The first adapter.
         config (`SVFConfig`): Its configuration.
-
-    Raises:
-        ValueError: The weight has no singular basis (see [`singular_basis`]).
-        TypeError: The weight is quantized in a format that cannot be dequantized.
+        name (`str`, *optional*): The module's name in the model, for `rank_pattern` and messages.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SVFConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: SVFConfig, name: str = "", **kwargs: Any
+    ) -> None:
         super().__init__()
-        SVFLayer.__init__(self, base_layer, **kwargs)
+        SVFLayer.__init__(self, base_layer, name, **kwargs)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
-    def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """Shape (..., in) to (..., out). `adapter_names` holds one name for each row of the batch."""
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: RowOffsets | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Shape (..., in) to (..., out). `adapter_names` says which adapter each row of the batch runs under."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            return self._scale_singular_values(x, self._row_offsets(x, adapter_names), *args, **kwargs)
-        offset = self._active_offset()
+            return self._scale_singular_values(x, adapter_names.row_offsets(self, x), *args, **kwargs)
+        offset = None if self.merged else self.sum_offsets(self.active_adapters)
         if offset is None:
             return self.base_layer(x, *args, **kwargs)
         return self._scale_singular_values(x, offset, *args, **kwargs)
@@ -235,12 +249,7 @@ class Linear(nn.Module, SVFLayer):
         return quantization_extra_repr(self)
 
 
-def repeat_adapter_names(adapter_names: list[str], rows: int) -> list[str]:
-    """Repeat each name so that there is one for each row: for the beams and returned sequences of its prompt, and for
-    its tokens in layers that see them flattened (OPT). All of these keep the rows of one prompt next to each other."""
-    if not adapter_names or rows % len(adapter_names):
-        raise ValueError(
-            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} and "
-            f"{rows} respectively."
-        )
-    return [name for name in adapter_names for _ in range(rows // len(adapter_names))]
+def stack_offsets(offsets: list[torch.Tensor]) -> torch.Tensor:
+    """Offsets of several adapters as rows, shape (K, k); the shorter ones end in zeros, which change nothing."""
+    longest = max(offset.shape[-1] for offset in offsets)
+    return torch.stack([pad(offset, (0, longest - offset.shape[-1])) for offset in offsets])

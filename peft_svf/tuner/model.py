@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, _get_submodules, get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import AuxiliaryTrainingWrapper, _get_submodules, get_quantization_kwargs
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from peft_svf.tuner.base_check import check_base_model, collect_fingerprint
+from peft_svf.tuner.base_check import check_base_model, collect_fingerprint, compare_fingerprints
+from peft_svf.tuner.bases import compute_bases, export_bases, import_bases
 from peft_svf.tuner.config import SVFConfig
-from peft_svf.tuner.layer import BASE_MODEL, Linear, SVFLayer, repeat_adapter_names
+from peft_svf.tuner.layer import Linear, SVFLayer
+from peft_svf.tuner.mixed_batch import BASE_MODEL, MixedBatch, generation_expansion, pass_mixed_batch
+from peft_svf.tuner.mixture import check_mixture, mix_offsets
+from peft_svf.tuner.module_checks import ModuleChecks
+
+
+PEFT_PREFIX = "base_model.model."  # of names in a PeftModel and in every checkpoint
 
 
 class SVFModel(BaseTuner):
@@ -24,8 +33,7 @@ class SVFModel(BaseTuner):
 
     Args:
         model (`torch.nn.Module`): The model to adapt, changed in place.
-        config ([`SVFConfig`]): The configuration of the adapter. The object itself is left as it is: the model keeps a
-            copy that also holds the fingerprint of the base model.
+        config ([`SVFConfig`]): The configuration of the adapter. The fingerprint of the base model is written into it.
         adapter_name (`str`, *optional*, defaults to `"default"`): The name of the adapter.
         low_cpu_mem_usage (`bool`, *optional*, defaults to `False`):
             Create the offsets without memory, to be filled by a checkpoint.
@@ -50,22 +58,39 @@ class SVFModel(BaseTuner):
         """Add the adapter `adapter_name`, configured in `self.peft_config`, to `model`.
 
         Raises:
-            ValueError: The adapter was trained on another base model, has a name that cannot be used, or meets a
-                weight that has no singular basis. The model is left as it was.
+            ValueError: The adapter was trained on another base model, has a name that cannot be used, meets a module
+                that cannot be adapted or a weight that has no singular basis. The model is left as it was.
         """
-        # A copy, so that one configuration object can serve for several models.
-        config = copy.copy(self.peft_config[adapter_name])
-        self.peft_config[adapter_name] = config
+        config = self.peft_config[adapter_name]
+        targets_before = list(self.targeted_module_names), list(self.targeted_parameter_names)
+        self._checks, self._refused = ModuleChecks(model), dict[str, str]()
         try:
             _check_adapter_name(adapter_name)
-            if config.base_fingerprint is not None:
-                check_base_model(model, config.base_fingerprint, config.base_model_name_or_path)
+            if config.compares_base:
+                check_base_model(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._raise_if_refused()
+            self._prepare_bases(model, adapter_name, config)
         except Exception:
             self._take_out(model, adapter_name)
+            self.targeted_module_names, self.targeted_parameter_names = targets_before
             raise
-        if config.base_fingerprint is None:
-            config.base_fingerprint = collect_fingerprint(model, adapter_name)
+
+    def _prepare_bases(self, model: nn.Module, adapter_name: str, config: SVFConfig) -> None:
+        layers = adapted_layers(model, adapter_name)
+        if config.compares_base and config.save_basis:
+            return  # they come with the weights of the adapter
+        compute_bases(layers, config.basis_source)
+        fingerprint = collect_fingerprint(layers)
+        if config.compares_base and config.basis_source:
+            compare_fingerprints(fingerprint, config)
+        if not config.compares_base:
+            config.base_fingerprint = fingerprint
+
+    def _raise_if_refused(self) -> None:
+        if self._refused:
+            reasons = "; ".join(f"'{name}' {reason}" for name, reason in self._refused.items())
+            raise ValueError(f"SVF cannot adapt {reasons}. Leave them out: `exclude_modules={list(self._refused)}`")
 
     def _take_out(self, model: nn.Module, adapter_name: str) -> None:
         """Undo an injection that failed, perhaps half-way."""
@@ -73,7 +98,7 @@ class SVFModel(BaseTuner):
         for name, layer in list(model.named_modules()):
             if isinstance(layer, SVFLayer) and adapter_name in layer.svf_offset:
                 if len(layer.svf_offset) > 1:
-                    del layer.svf_offset[adapter_name]
+                    layer.delete_adapter(adapter_name)
                 else:
                     parent, _, child_name = _get_submodules(model, name)
                     setattr(parent, child_name, layer.base_layer)
@@ -103,16 +128,11 @@ class SVFModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not _is_linear(base_layer):
-            raise TypeError(
-                f"SVF cannot adapt '{current_key}' of type {type(base_layer).__name__}: only linear layers "
-                "(`torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`, quantized linear layers) have a singular "
-                "basis; name only those in `target_modules`"
-            )
-        try:
-            new_module = Linear(target, adapter_name, peft_config, **get_quantization_kwargs(self))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"SVF cannot adapt '{current_key}': {error}") from error
+        reason = self._checks.why_not(current_key, base_layer, parent)
+        if reason is not None:
+            self._refused[current_key] = reason
+            return
+        new_module = Linear(target, adapter_name, peft_config, current_key, **get_quantization_kwargs(self))
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -126,6 +146,33 @@ class SVFModel(BaseTuner):
             if self.prefix in name and device is not None and not any(p.is_meta for p in module.parameters()):
                 module.to(device)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return  # offsets are float32 from the start
+        for layer in adapted_layers(self.model, adapter_name).values():
+            layer.svf_offset[adapter_name].to(layer.unmerged_weight().dtype)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: SVFConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        layers = adapted_layers(model, adapter_name)
+        config.base_fingerprint = collect_fingerprint({_name_in_base(name): layer for name, layer in layers.items()})
+        state_dict = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        return {**state_dict, **export_bases(layers)} if config.save_basis else state_dict
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        if config.save_basis:
+            layers = {f"{PEFT_PREFIX}{_name_in_base(n)}": v for n, v in adapted_layers(model, adapter_name).items()}
+            fingerprint = {f"{PEFT_PREFIX}{name}": sketch for name, sketch in config.base_fingerprint.items()}
+            state_dict = dict(state_dict)
+            import_bases(layers, state_dict, fingerprint)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Mixed batches: hand the `adapter_names` of a call of forward or generate to every adapted layer."""
@@ -134,9 +181,9 @@ class SVFModel(BaseTuner):
             yield
             return
         self._check_adapter_names(adapter_names)
-        hook = partial(_pass_adapter_names, adapter_names=list(adapter_names))
+        batch = MixedBatch(list(adapter_names), generation_expansion(self.model, kwargs))
         handles = [
-            module.register_forward_pre_hook(hook, with_kwargs=True)
+            module.register_forward_pre_hook(partial(pass_mixed_batch, batch=batch), with_kwargs=True)
             for module in self.modules()
             if isinstance(module, (SVFLayer, AuxiliaryTrainingWrapper))
         ]
@@ -157,24 +204,92 @@ class SVFModel(BaseTuner):
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; loaded are "
                 f"{', '.join(sorted(self.peft_config))} and {BASE_MODEL}"
             )
+        for name, module in self.model.named_modules():
+            if isinstance(module, SVFLayer) and "experts" in name.split("."):
+                raise ValueError(
+                    f"Cannot pass `adapter_names` when an adapter adapts '{name}': it sees tokens routed to it, not "
+                    "rows; run one adapter at a time, or leave the experts out of the adapters"
+                )
+
+    def set_strength(self, adapter_name: str, strength: float) -> None:
+        """Apply the offsets of an adapter times `strength`: 0 is the base model, 1 the adapter as trained.
+
+        Not saved with the adapter; `add_weighted_adapter([name], [strength], new_name)` makes one that is.
+
+        Raises:
+            ValueError: There is no such adapter, it is merged, or the number is not finite.
+        """
+        layers = adapted_layers(self.model, adapter_name).values()
+        if not layers:
+            raise ValueError(f"there is no adapter named '{adapter_name}'; loaded are {', '.join(self.peft_config)}")
+        if not math.isfinite(strength):
+            raise ValueError(f"`strength` must be a finite number, got {strength}")
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(f"the adapter '{adapter_name}' is merged; call `unmerge_adapter` first")
+        for layer in layers:
+            layer.svf_strength[adapter_name] = float(strength)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        normalize: bool = False,
+        residual: bool = True,
+    ) -> None:
+        """Add an adapter that is a mixture of others, z' = Σ αₖ zₖ (Transformer², section 3.2, few-shot adaptation).
+
+        A module that an adapter does not adapt counts as z = 1. The mixture is exact, not an approximation.
+
+        Args:
+            adapters (`list[str]`): The adapters to mix, at the strength they have.
+            weights (`list[float]`): Their weights α, of any sign.
+            adapter_name (`str`): The name of the new adapter. It is not made active.
+            normalize (`bool`, *optional*, defaults to `False`): Divide the weights by their sum first.
+            residual (`bool`, *optional*, defaults to `True`):
+                Leave the base model at weight 1 − Σα, so that offset' = Σ αₖ offsetₖ, and one adapter at weight 0.5 is
+                that adapter at half strength. `False` is the formula of the paper as it stands,
+                offset' = Σ αₖ offsetₖ + Σα − 1. If the weights sum to 1, both are the same.
+
+        Raises:
+            ValueError: An unknown adapter, a taken name, or weights that cannot be used.
+        """
+        weights = check_mixture(self.peft_config, adapters, weights, adapter_name, normalize)
+        layers = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, SVFLayer) and not layer.svf_offset.keys().isdisjoint(adapters)
+        }
+        offsets = {name: mix_offsets(layer, adapters, weights, residual) for name, layer in layers.items()}
+        self.peft_config[adapter_name] = SVFConfig(
+            task_type=self.peft_config[adapters[0]].task_type,
+            base_model_name_or_path=self.peft_config[adapters[0]].base_model_name_or_path,
+            target_modules=list(layers),
+            rank_pattern={re.escape(name): len(offset) for name, offset in offsets.items()},
+            inference_mode=True,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for name, layer in layers.items():
+            layer.svf_offset[adapter_name].weight.data.copy_(offsets[name])
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, SVFLayer]:
+    """The layers of `model` that have offsets of the adapter `adapter_name`, by module name."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, SVFLayer) and adapter_name in layer.svf_offset
+    }
+
+
+def _name_in_base(name: str) -> str:
+    """A module's name as seen from the base model, without the wrappers of PEFT and torch."""
+    for wrapper in (PEFT_PREFIX, "_fsdp_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name
 
 
 def _check_adapter_name(adapter_name: str) -> None:
     # Offsets are kept in a ModuleDict, whose keys are attribute names.
     if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(f"an adapter cannot be named '{adapter_name}': choose a name without '.', like 'math'")
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    if isinstance(layer, (nn.Linear, Conv1D)):
-        return True
-    backend = resolve_quantization_backend(layer)
-    return backend is not None and backend.layer_type == "linear"
-
-
-def _pass_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args and isinstance(module, AuxiliaryTrainingWrapper):  # does not repeat the names for beams itself
-        adapter_names = repeat_adapter_names(adapter_names, len(args[0]))
-    return args, {**kwargs, "adapter_names": adapter_names}
