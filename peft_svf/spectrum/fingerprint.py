@@ -26,7 +26,12 @@ def weight_sketch(weight: torch.Tensor) -> list[float]:
 
     Returns:
         `list[float]`: Seven numbers, computed in float64; the same on every device up to summation order (1e-14).
+
+    Raises:
+        ValueError: `weight` is on the meta device.
     """
+    if weight.is_meta:
+        raise ValueError("the weight is on the meta device; load the base model's weights before adding an adapter")
     matrix = weight.detach()
     if matrix.device.type == "mps":  # no float64 there
         matrix = matrix.cpu()

@@ -33,11 +33,10 @@ def check_mixture(
             f"cannot mix {in_full}: they also hold whole modules or token embeddings (`modules_to_save`, "
             "`trainable_token_indices`), which are no singular values"
         )
-    if not normalize:
-        return list(weights)
-    if not sum(weights):
+    total = sum(weights) if normalize else 1
+    if not total:
         raise ValueError(f"the weights {weights} sum to 0 and cannot be normalized")
-    return [weight / sum(weights) for weight in weights]
+    return [weight / total for weight in weights]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 from peft_svf import SVFConfig
+from peft_svf.tuner import SVFLayer
 
 
 IDS = torch.randint(3, 97, (4, 6), generator=torch.Generator().manual_seed(0))
@@ -195,3 +196,38 @@ def test_batches_without_a_sequence() -> None:
     mixed = model(x, adapter_names=NAMES)
     model.set_adapter("b")
     torch.testing.assert_close(mixed[[0, 3]], model(x[[0, 3]]))
+
+
+class Patches(nn.Module):
+    """Cuts every row into four, as vision towers do with images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.reshape(4 * x.shape[0], -1, 8))
+
+
+def test_rows_that_are_not_those_of_the_batch_are_refused() -> None:
+    model = with_adapters(Patches(), target_modules=["linear"])
+    with pytest.raises(ValueError, match="Length of `adapter_names`.*got 4 and 16"):
+        model(torch.randn(4, 8, 8), adapter_names=NAMES)
+    assert hooks(model) == 0
+
+
+def test_layers_that_see_routed_tokens_are_refused_by_name() -> None:
+    experts = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])})
+    model = with_adapters(experts, target_modules=["0"])
+    with pytest.raises(ValueError, match=r"adapts 'experts\.0': it sees tokens routed to it"):
+        model(torch.randn(4, 8), adapter_names=NAMES)
+    assert hooks(model) == 0
+
+
+@torch.no_grad()
+def test_offsets_are_gathered_once_for_each_call_of_generate(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = SVFLayer.offset
+    monkeypatch.setattr(SVFLayer, "offset", lambda layer, name: calls.append(name) or original(layer, name))
+    model.generate(input_ids=IDS, adapter_names=NAMES, max_new_tokens=5, min_new_tokens=5)
+    assert len(calls) == 14 * 2  # layers times adapters, however many tokens
