@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, _get_submodules, get_quantization_kwargs
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from torch import nn
 
 from peft_svf.tuner.base_check import check_base_model, collect_fingerprint, compare_fingerprints
@@ -22,6 +22,7 @@ from peft_svf.tuner.layer import Linear, SVFLayer
 from peft_svf.tuner.mixed_batch import BASE_MODEL, MixedBatch, generation_expansion, pass_mixed_batch
 from peft_svf.tuner.mixture import check_mixture, mix_offsets
 from peft_svf.tuner.module_checks import ModuleChecks
+from peft_svf.tuner.rollback import Rollback
 
 
 PEFT_PREFIX = "base_model.model."  # of names in a PeftModel and in every checkpoint
@@ -62,6 +63,7 @@ class SVFModel(BaseTuner):
                 that cannot be adapted or a weight that has no singular basis. The model is left as it was.
         """
         config = self.peft_config[adapter_name]
+        before = Rollback(model)
         targets_before = list(self.targeted_module_names), list(self.targeted_parameter_names)
         self._checks, self._refused = ModuleChecks(model), dict[str, str]()
         try:
@@ -72,7 +74,8 @@ class SVFModel(BaseTuner):
             self._raise_if_refused()
             self._prepare_bases(model, adapter_name, config)
         except Exception:
-            self._take_out(model, adapter_name)
+            before.restore()
+            del self.peft_config[adapter_name]
             self.targeted_module_names, self.targeted_parameter_names = targets_before
             raise
 
@@ -91,17 +94,6 @@ class SVFModel(BaseTuner):
         if self._refused:
             reasons = "; ".join(f"'{name}' {reason}" for name, reason in self._refused.items())
             raise ValueError(f"SVF cannot adapt {reasons}. Leave them out: `exclude_modules={list(self._refused)}`")
-
-    def _take_out(self, model: nn.Module, adapter_name: str) -> None:
-        """Undo an injection that failed, perhaps half-way."""
-        del self.peft_config[adapter_name]
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, SVFLayer) and adapter_name in layer.svf_offset:
-                if len(layer.svf_offset) > 1:
-                    layer.delete_adapter(adapter_name)
-                else:
-                    parent, _, child_name = _get_submodules(model, name)
-                    setattr(parent, child_name, layer.base_layer)
 
     @staticmethod
     def _check_target_module_exists(peft_config: SVFConfig, key: str) -> Any:

@@ -302,16 +302,19 @@ def test_a_layer_that_is_not_linear_is_named(tiny_llama: Build) -> None:
     assert not adapted(base)
 
 
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"], "trainable_token_indices": [3]}], ids=str)
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_failing_injection_leaves_the_model_as_it_was(tiny_llama: Build, existing: bool) -> None:
+def test_a_failing_injection_leaves_the_model_as_it_was(tiny_llama: Build, existing: bool, settings: dict) -> None:
     base = tiny_llama()
     with torch.no_grad():
         base.model.layers[1].mlp.down_proj.weight.zero_()
     if existing:
         inject_adapter_in_model(SVFConfig(target_modules=["q_proj"], init_weights=False), base, "first")
     before, modules = logits(base), [name for name, _ in base.named_modules()]
+    trainable = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
     with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.down_proj': the weight is zero"):
-        inject_adapter_in_model(SVFConfig(init_weights=False), base, "second")
+        inject_adapter_in_model(SVFConfig(init_weights=False, **settings), base, "second")
     assert torch.equal(logits(base), before)
     assert [name for name, _ in base.named_modules()] == modules
+    assert [name for name, parameter in base.named_parameters() if parameter.requires_grad] == trainable
     assert list(base.peft_config) == ["first"] if existing else not hasattr(base, "peft_config")
