@@ -4,11 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-upstream test-upstream-fast lint clean
 
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[dev,plots]"
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[dev,plots,quantization]"
 	touch $@
 
 demo: $(VENV)/.installed  ## train three experts and answer mixed prompts, offline
@@ -16,6 +16,12 @@ demo: $(VENV)/.installed  ## train three experts and answer mixed prompts, offli
 
 test: $(VENV)/.installed  ## the whole test-suite
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+
+test-upstream: $(VENV)/.installed  ## PEFT's own test-suite with SVF
+	$(BIN)/python tests/upstream/run.py --workers $(PYTEST_WORKERS)
+
+test-upstream-fast: $(VENV)/.installed  ## the part of it that continuous integration runs
+	$(BIN)/python tests/upstream/run.py --workers $(PYTEST_WORKERS) --fast
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,6 +1,15 @@
 """Trained experts as objects."""
 
 from peft_svf.experts.bank import BASE_LABEL, ExpertBank, ExpertBankError, ExpertEntry
+from peft_svf.experts.lora_export import LoraError, convert_to_lora, save_as_lora
 
 
-__all__ = ["BASE_LABEL", "ExpertBank", "ExpertBankError", "ExpertEntry"]
+__all__ = [
+    "BASE_LABEL",
+    "ExpertBank",
+    "ExpertBankError",
+    "ExpertEntry",
+    "LoraError",
+    "convert_to_lora",
+    "save_as_lora",
+]

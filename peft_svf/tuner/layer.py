@@ -9,6 +9,7 @@ mean the sum of their offsets, which leaves the base model at weight 1 − K (a 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
@@ -43,6 +45,7 @@ class SVFLayer(BaseTunerLayer):
             buffer that no checkpoint holds; `None` until [`~SVFLayer.set_basis`] brings it.
         svf_singular_values (`torch.Tensor`): All singular values, shape (r,).
         svf_sketch (`list[float]`): The fingerprint of the weight that Q was computed from.
+        svf_basis_source (`str`): The checkpoint that this weight came from; `None` if it was the layer's own.
     """
 
     adapter_layer_names = ("svf_offset",)
@@ -66,10 +69,12 @@ class SVFLayer(BaseTunerLayer):
         self.svf_offset = nn.ModuleDict()
         self.svf_strength: dict[str, float] = {}
         self.svf_sketch: list[float] | None = None
+        self.svf_basis_source: str | None = None
         self.register_buffer("svf_basis", None, persistent=False)
         self.register_buffer("svf_singular_values", None, persistent=False)
         # The weight as it was before merging; a buffer so that it follows the model to other devices.
         self.register_buffer("svf_unmerged_weight", None, persistent=False)
+        self.svf_unmerged_layer: UnmergedLayer | None = None  # the same for a quantized base layer
 
     def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
         """Add the offsets of a new adapter; the basis is shared with the adapters that are there."""
@@ -87,6 +92,26 @@ class SVFLayer(BaseTunerLayer):
         columns = -1 if self.svf_basis is None else self.svf_basis.shape[1]
         return any(offset.weight.shape[0] > columns for offset in self.svf_offset.values())
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete the offsets of an adapter, and the room for its basis if that was not loaded yet."""
+        super().delete_adapter(adapter_name)
+        if "svf_saved_basis" in self._modules:
+            self.svf_saved_basis._modules.pop(adapter_name, None)
+
+    def require_basis(self) -> None:
+        """Take over the basis that was loaded with an adapter's weights, if there is none yet.
+
+        Raises:
+            RuntimeError: None was loaded, or it is damaged.
+        """
+        if self._modules.get("svf_saved_basis"):  # not there, or empty, if no adapter waits
+            self.svf_saved_basis.hand_over(self)
+        if self.svf_basis is None:
+            raise RuntimeError(
+                f"'{self.svf_name}' has no singular basis yet: its adapter was saved with `save_basis=True`, so load "
+                "the adapter's weights before using it"
+            )
+
     def set_basis(self, basis: SingularBasis, sketch: list[float]) -> None:
         """Take over the singular basis of the weight, of which only the columns in use are kept, and its sketch."""
         columns = max(offset.weight.shape[0] for offset in self.svf_offset.values())
@@ -103,11 +128,21 @@ class SVFLayer(BaseTunerLayer):
 
     def unmerged_weight(self) -> torch.Tensor:
         """The base weight in its own layout, dequantized, as it is or was without any adapter merged."""
+        if self.svf_unmerged_layer is not None:
+            return dequantized_weight(self.svf_unmerged_layer.original, self.quantization_backend)
         return self.get_base_weight() if self.svf_unmerged_weight is None else self.svf_unmerged_weight
+
+    def get_base_weight(self) -> torch.Tensor:
+        """The base weight in its own layout, dequantized, as it is now: with the merged adapters, if there are any."""
+        if self.quantization_backend is None:
+            return super().get_base_weight()
+        return dequantized_weight(self.get_base_layer(), self.quantization_backend)
 
     def offset(self, adapter_name: str) -> torch.Tensor:
         """z − 1 of one adapter at its strength, shape (k,)."""
         module = self.svf_offset[adapter_name]
+        if isinstance(module, SVFLogit):
+            self.require_basis()
         offset = module(self.svf_singular_values) if isinstance(module, SVFLogit) else module()
         strength = self.svf_strength[adapter_name]
         return offset if strength == 1.0 else offset * strength
@@ -151,17 +186,14 @@ class SVFLayer(BaseTunerLayer):
 
     def _columns(self, count: int) -> torch.Tensor:
         """The leading columns of Q, shape (r, count)."""
-        if self.svf_basis is None:
-            raise RuntimeError(
-                f"'{self.svf_name}' has no singular basis yet: its adapter was saved with `save_basis=True`, so load "
-                "the adapter's weights before using it"
-            )
-        return self.svf_basis if self.svf_basis.shape[1] == count else self.svf_basis[:, :count]
+        self.require_basis()
+        return self.svf_basis if self.svf_basis.shape[-1] == count else self.svf_basis[..., :count]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
         Add the weight change of the given adapters to the base weight. The weight as it was is kept, so that
-        [`~SVFLayer.unmerge`] brings it back bit for bit.
+        [`~SVFLayer.unmerge`] brings it back bit for bit. A quantized weight is quantized again, with the error of its
+        format, about as large as that of the base: 1e-2 of the weight for 8 bits, 0.1 for 4 bits.
 
         Args:
             safe_merge (`bool`, *optional*, defaults to `False`):
@@ -171,10 +203,17 @@ class SVFLayer(BaseTunerLayer):
 
         Raises:
             ValueError: `safe_merge` found a value that is not finite. Nothing was changed.
+            TypeError: The base layer has a format that cannot be quantized again (GPTQ, AWQ and the like).
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.svf_offset]
         if not new:
             return
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise TypeError(
+                f"cannot merge {', '.join(new)} into '{self.svf_name}': a weight in the format "
+                f"'{self.quantization_backend.backend_name}' cannot be changed; use the adapter unmerged, or merge it "
+                "into the unquantized base model"
+            )
         original = self.unmerged_weight()
         change = self._weight_change([*self.merged_adapters, *new])
         merged = (original.to(change.dtype) + change).to(original.dtype)
@@ -183,17 +222,23 @@ class SVFLayer(BaseTunerLayer):
                 f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken; nothing was "
                 "merged into this layer"
             )
-        self.svf_unmerged_weight = original
+        if self.quantization_backend is None:
+            self.svf_unmerged_weight = original
+        elif self.svf_unmerged_layer is None:
+            self.svf_unmerged_layer = UnmergedLayer(self.get_base_layer())
         self.set_base_weight(merged)
         self.merged_adapters.extend(new)
 
     def unmerge(self) -> None:
-        """Put the weight from before [`~SVFLayer.merge`] back, bit for bit (a quantized one is quantized again)."""
+        """Put the weight from before [`~SVFLayer.merge`] back, bit for bit, quantized or not."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
-        self.set_base_weight(self.svf_unmerged_weight)
-        self.svf_unmerged_weight = None
+        if self.svf_unmerged_layer is None:
+            self.set_base_weight(self.svf_unmerged_weight)
+        else:
+            self.svf_unmerged_layer.restore(self)
+        self.svf_unmerged_weight = self.svf_unmerged_layer = None
         self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -253,3 +298,59 @@ def stack_offsets(offsets: list[torch.Tensor]) -> torch.Tensor:
     """Offsets of several adapters as rows, shape (K, k); the shorter ones end in zeros, which change nothing."""
     longest = max(offset.shape[-1] for offset in offsets)
     return torch.stack([pad(offset, (0, longest - offset.shape[-1])) for offset in offsets])
+
+
+def dequantized_weight(layer: nn.Module, backend: QuantizationBackend) -> torch.Tensor:
+    """The weight of a quantized linear layer, shape (out, in), in the dtype it was quantized from.
+
+    On CPUs with AVX512-BF16, bitsandbytes packs a 4-bit weight for its inference kernel at the first forward in eval
+    mode, in place, and rounds its scales to bfloat16. `dequantize_4bit` then returns garbage, and so does its own way
+    back unless the scales are quantized too. Here the codes are unpacked and the rounded scales are used: that is the
+    weight that the layer computes with.
+
+    Raises:
+        TypeError: The format cannot be dequantized (GPTQ, AWQ and the like).
+        NotImplementedError: The same from torchao.
+    """
+    packed: Any = getattr(getattr(layer, "weight", None), "quant_state", None)
+    if not getattr(packed, "packing_format_for_cpu", False):
+        return backend.get_base_weight(layer)
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
+
+    state = copy.copy(packed)
+    state.original_nested = False  # or the scales would be quantized again
+    codes, state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+    state.absmax = packed.absmax.T.reshape(-1).to(torch.float32)  # one for each block of the weight, row by row
+    return dequantize_4bit(codes, state)
+
+
+class UnmergedLayer:
+    """A quantized base layer as it was before merging: the tensors and the quantization state themselves, no copies.
+
+    Attributes:
+        original (`nn.Module`): A shallow copy of the layer, which keeps them; for dequantizing, not for a forward.
+    """
+
+    PARTS = ("_parameters", "_buffers", "state", "quant_state")  # the last two belong to bitsandbytes
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.original = copy.copy(layer)
+        vars(self.original).update(self._parts_of(layer))
+        # PEFT changes attributes of the old parameter when it makes a new one.
+        self.attributes = [(p, dict(vars(p))) for p in layer.parameters(recurse=False)]
+
+    def restore(self, owner: SVFLayer) -> None:
+        """Put the layer back to what it was, on the device where it is now."""
+        device = owner.base_device()
+        for parameter, attributes in self.attributes:
+            vars(parameter).clear()
+            vars(parameter).update(attributes)
+        vars(self.layer).update(self._parts_of(self.original))
+        if not isinstance(owner.base_layer, BaseTunerLayer):
+            owner.base_layer = self.layer  # HQQ makes a new module when it quantizes
+        if owner.base_device() != device:
+            self.layer.to(device)
+
+    def _parts_of(self, layer: nn.Module) -> dict[str, Any]:
+        return {part: copy.copy(value) for part, value in vars(layer).items() if part in self.PARTS}

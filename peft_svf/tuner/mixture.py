@@ -49,7 +49,7 @@ def mix_offsets(layer: SVFLayer, adapters: list[str], weights: list[float], resi
     """
     present = [(w, layer.offset(name)) for w, name in zip(weights, adapters, strict=True) if name in layer.svf_offset]
     offsets = stack_offsets([offset.float() for _, offset in present])  # (K, k)
-    mixture = torch.tensor([weight for weight, _ in present], device=offsets.device) @ offsets
+    mixture = torch.tensordot(torch.tensor([weight for weight, _ in present], device=offsets.device), offsets, dims=1)
     if residual or sum(weights) == 1:
         return mixture
-    return pad(mixture, (0, layer.components - len(mixture))) + (sum(weights) - 1)
+    return pad(mixture, (0, layer.components - mixture.shape[-1])) + (sum(weights) - 1)

@@ -5,23 +5,25 @@ from __future__ import annotations
 import copy
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
+from peft.utils import AuxiliaryTrainingWrapper, _get_submodules, get_quantization_kwargs
 from torch import nn
 
 from peft_svf.tuner.base_check import check_base_model, collect_fingerprint, compare_fingerprints
-from peft_svf.tuner.bases import compute_bases, export_bases, import_bases
+from peft_svf.tuner.bases import common_source, compute_bases, export_bases, import_bases, wait_for_bases
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.layer import Linear, SVFLayer
 from peft_svf.tuner.mixed_batch import BASE_MODEL, MixedBatch, generation_expansion, pass_mixed_batch
 from peft_svf.tuner.mixture import check_mixture, mix_offsets
 from peft_svf.tuner.module_checks import ModuleChecks
+from peft_svf.tuner.parameter import ParamWrapper, adapted_name, check_nesting, no_mixed_batches, why_not_parameter
 from peft_svf.tuner.rollback import Rollback
 
 
@@ -70,8 +72,10 @@ class SVFModel(BaseTuner):
             _check_adapter_name(adapter_name)
             if config.compares_base:
                 check_base_model(model, config)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with _no_false_warning(config):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._raise_if_refused()
+            check_nesting(model, adapter_name)
             self._prepare_bases(model, adapter_name, config)
         except Exception:
             before.restore()
@@ -81,7 +85,12 @@ class SVFModel(BaseTuner):
 
     def _prepare_bases(self, model: nn.Module, adapter_name: str, config: SVFConfig) -> None:
         layers = adapted_layers(model, adapter_name)
+        if config.target_parameters and not layers:
+            raise ValueError(
+                f"`exclude_modules` and `layers_to_transform` leave none of the parameters {config.target_parameters}"
+            )
         if config.compares_base and config.save_basis:
+            wait_for_bases(layers, adapter_name, config.base_fingerprint or {})
             return  # they come with the weights of the adapter
         compute_bases(layers, config.basis_source)
         fingerprint = collect_fingerprint(layers)
@@ -101,9 +110,7 @@ class SVFModel(BaseTuner):
         targets = peft_config.target_modules
         if found and peft_config.layers_to_transform is not None and isinstance(targets, set) and key in targets:
             # PEFT ignores `layers_to_transform` for full names, which is what "all-linear" becomes: match by ending.
-            by_ending = copy.copy(peft_config)
-            by_ending.target_modules = {key.rpartition(".")[2]}
-            return BaseTuner._check_target_module_exists(by_ending, key)
+            return _matches_by_ending(peft_config, key)
         return found
 
     def _create_and_replace(
@@ -114,20 +121,34 @@ class SVFModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **kwargs: Any,
+        *,
+        parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, Linear):
+        if parameter_name is not None and not _matches_by_ending(peft_config, current_key):
+            return  # PEFT ignores `layers_to_transform` and `exclude_modules` for parameters
+        if isinstance(target, SVFLayer) and getattr(target, "parameter_name", None) == parameter_name:
             target.update_layer(adapter_name, peft_config)
             return
-        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        reason = self._checks.why_not(current_key, base_layer, parent)
+        reason = self._why_not(current_key, target, parent, parameter_name)
         if reason is not None:
             self._refused[current_key] = reason
             return
-        new_module = Linear(target, adapter_name, peft_config, current_key, **get_quantization_kwargs(self))
+        new_module: SVFLayer
+        if parameter_name is None:
+            new_module = Linear(target, adapter_name, peft_config, current_key, **get_quantization_kwargs(self))
+        else:
+            new_module = ParamWrapper(target, adapter_name, parameter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def _why_not(self, name: str, target: nn.Module, parent: nn.Module, parameter_name: str | None) -> str | None:
+        if parameter_name is not None:
+            return why_not_parameter(self._checks, name, target, parent)
+        if isinstance(target, ParamWrapper):
+            return "because an adapter with `target_parameters` adapts its parameter already"
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        return self._checks.why_not(name, base_layer, parent)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own version assigns `new_module.weight = child.weight` when it unloads, which not every layer has.
@@ -151,18 +172,21 @@ class SVFModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         layers = adapted_layers(model, adapter_name)
         config.base_fingerprint = collect_fingerprint({_name_in_base(name): layer for name, layer in layers.items()})
+        config.basis_source = config.basis_source or common_source(layers)
         state_dict = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        return {**state_dict, **export_bases(layers)} if config.save_basis else state_dict
+        return {**state_dict, **export_bases(model, adapter_name)} if config.save_basis else state_dict
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        if config.save_basis:
-            layers = {f"{PEFT_PREFIX}{_name_in_base(n)}": v for n, v in adapted_layers(model, adapter_name).items()}
-            fingerprint = {f"{PEFT_PREFIX}{name}": sketch for name, sketch in config.base_fingerprint.items()}
-            state_dict = dict(state_dict)
-            import_bases(layers, state_dict, fingerprint)
+        state_dict = dict(state_dict)
+        bases = {_name_in_base(key): state_dict.pop(key) for key in list(state_dict) if ".svf_saved_basis." in key}
+        try:
+            import_bases({_name_in_base(n): m for n, m in model.named_modules()}, adapter_name, bases)
+        except ValueError:
+            _take_out(model, adapter_name)
+            raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @contextmanager
@@ -197,6 +221,8 @@ class SVFModel(BaseTuner):
                 f"{', '.join(sorted(self.peft_config))} and {BASE_MODEL}"
             )
         for name, module in self.model.named_modules():
+            if isinstance(module, ParamWrapper):
+                raise ValueError(no_mixed_batches(adapted_name(name, module)))
             if isinstance(module, SVFLayer) and "experts" in name.split("."):
                 raise ValueError(
                     f"Cannot pass `adapter_names` when an adapter adapts '{name}': it sees tokens routed to it, not "
@@ -248,7 +274,7 @@ class SVFModel(BaseTuner):
         """
         weights = check_mixture(self.peft_config, adapters, weights, adapter_name, normalize)
         layers = {
-            name: layer
+            adapted_name(name, layer): layer
             for name, layer in self.model.named_modules()
             if isinstance(layer, SVFLayer) and not layer.svf_offset.keys().isdisjoint(adapters)
         }
@@ -256,8 +282,9 @@ class SVFModel(BaseTuner):
         self.peft_config[adapter_name] = SVFConfig(
             task_type=self.peft_config[adapters[0]].task_type,
             base_model_name_or_path=self.peft_config[adapters[0]].base_model_name_or_path,
-            target_modules=list(layers),
-            rank_pattern={re.escape(name): len(offset) for name, offset in offsets.items()},
+            target_modules=[name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)],
+            target_parameters=[name for name, layer in layers.items() if isinstance(layer, ParamWrapper)] or None,
+            rank_pattern={re.escape(name): offset.shape[-1] for name, offset in offsets.items()},
             inference_mode=True,
         )
         self.inject_adapter(self.model, adapter_name)
@@ -266,12 +293,23 @@ class SVFModel(BaseTuner):
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, SVFLayer]:
-    """The layers of `model` that have offsets of the adapter `adapter_name`, by module name."""
+    """The layers of `model` that have offsets of the adapter `adapter_name`, by module or parameter name."""
     return {
-        name: layer
+        adapted_name(name, layer): layer
         for name, layer in model.named_modules()
         if isinstance(layer, SVFLayer) and adapter_name in layer.svf_offset
     }
+
+
+def _take_out(model: nn.Module, adapter_name: str) -> None:
+    """Undo the injection of an adapter whose weights turn out to be unusable."""
+    delete_adapter(model, adapter_name, SVFModel.prefix, SVFLayer)
+    for name, layer in reversed(list(model.named_modules())):  # wrappers of one module from the inside to the outside
+        if isinstance(layer, SVFLayer) and not layer.svf_offset:
+            parent, _, child_name = _get_submodules(model, name)
+            setattr(parent, child_name, layer.base_layer)
+    peft_config: Any = model.peft_config
+    peft_config.pop(adapter_name, None)
 
 
 def _name_in_base(name: str) -> str:
@@ -279,6 +317,22 @@ def _name_in_base(name: str) -> str:
     for wrapper in (PEFT_PREFIX, "_fsdp_wrapped_module.", "_orig_mod."):
         name = name.replace(wrapper, "")
     return name
+
+
+def _matches_by_ending(config: SVFConfig, name: str) -> Any:
+    """Whether `exclude_modules`, `layers_to_transform` and `layers_pattern` select a module or parameter."""
+    by_ending = copy.copy(config)
+    by_ending.target_modules = {name.rpartition(".")[2]}
+    return BaseTuner._check_target_module_exists(by_ending, name)
+
+
+@contextmanager
+def _no_false_warning(config: SVFConfig) -> Iterator[None]:
+    """PEFT looks for the names in `rank_pattern` among modules only, and would call those of parameters ignored."""
+    with warnings.catch_warnings():
+        if config.target_parameters and config.rank_pattern:
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match any")
+        yield
 
 
 def _check_adapter_name(adapter_name: str) -> None:

@@ -1,0 +1,61 @@
+"""Run PEFT's own tests with SVF: `make test-upstream`, or `make test-upstream-fast` for the part that CI runs.
+
+The tests come from the source distribution of the installed PEFT (source.py), the models that they load are made
+locally (tiny_hub.py), what they are run with stands in cases.py, and a pytest plugin puts it together (plugin.py).
+The exit status is not 0 if a test failed or if fewer tests ran than must.
+PEFT_DEBUG_WITH_TORCH_COMPILE=1 adds PEFT's tests of torch.compile, which take minutes each.
+
+    python tests/upstream/run.py [--fast] [--workers 2] [pytest's own arguments, for instance tests/test_config.py -x]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from source import DownloadError, fetch_peft_tests
+from tiny_hub import make_tiny_hub
+
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE.parents[1] / "build" / "upstream"
+MINIMUM, FAST_MINIMUM = 800, 200
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="only the part that continuous integration runs")
+    parser.add_argument("--workers", type=int, default=0, help="number of processes (default: this one)")
+    options, pytest_arguments = parser.parse_known_args(arguments)
+    try:
+        root = fetch_peft_tests(BUILD)
+    except DownloadError as error:
+        if not options.fast:
+            raise
+        sys.stderr.write(f"SKIPPED PEFT's own tests: {error}\n")
+        return 0
+    environment = os.environ | {
+        "HF_HOME": str(make_tiny_hub(BUILD)),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # several workers share the processor, and the models are tiny
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), str(HERE), os.environ.get("PYTHONPATH")])),
+    }
+    command = _pytest_command(root, options.fast, options.workers, pytest_arguments)
+    return subprocess.run(command, cwd=root, env=environment).returncode
+
+
+def _pytest_command(root: Path, fast: bool, workers: int, arguments: list[str]) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), "--rootdir", str(root), "-p", "plugin"]
+    command += ["--quiet", "-n", str(workers)]
+    if fast:
+        command.append("--fast")
+    if not arguments:
+        command += ["--minimum", str(FAST_MINIMUM if fast else MINIMUM)]
+    return [*command, *(arguments or ["tests"])]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
