@@ -7,6 +7,7 @@ import os
 
 # Before torch is imported: several test processes with several threads each slow one another down tenfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PEFT_SVF_CACHE"] = "off"  # the tests of the cache give it a folder of their own
 
 from collections.abc import Callable
 from pathlib import Path

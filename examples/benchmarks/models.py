@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,13 +37,13 @@ class Shape:
     layers: int
     heads: int
 
-    def config(self, layers: int | None = None) -> LlamaConfig:
+    def config(self) -> LlamaConfig:
         """The transformers configuration; grouped-query attention with a quarter as many key-value heads."""
         return LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
-            num_hidden_layers=layers or self.layers,
+            num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.heads // 4,
             max_position_embeddings=4096,
@@ -52,6 +52,9 @@ class Shape:
             eos_token_id=None,
             pad_token_id=0,
         )
+
+    def with_layers(self, layers: int) -> Shape:
+        return replace(self, layers=layers)
 
     def matrices(self) -> list[tuple[int, int]]:
         """Shapes (out, in) of the adapted weights of one layer."""
@@ -82,11 +85,11 @@ METHODS: dict[str, Callable[[], PeftConfig]] = {
 }
 
 
-def build_base(shape: Shape, dtype: torch.dtype, device: str, seed: int, layers: int | None = None) -> LlamaForCausalLM:
+def build_base(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> LlamaForCausalLM:
     """A Llama with the usual random initialisation, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(shape.config(layers)).to(device, dtype).eval()
+        return LlamaForCausalLM(shape.config()).to(device, dtype).eval()
 
 
 def adapt(base: LlamaForCausalLM, method: str, name: str = "default") -> PeftModel:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_svf.spectrum import sketch_distance, weight_sketch
 from peft_svf.tuner.config import SVFConfig
+from peft_svf.tuner.distributed import gathered
 from peft_svf.tuner.layer import SVFLayer, dequantized_weight
 from peft_svf.tuner.parameter import ParamWrapper, sketch_parameter
 
@@ -172,7 +173,8 @@ def _sketch(modules: dict[str, nn.Module], name: str, settings: dict[str, Any]) 
         return None
     if layer.weight.is_meta:
         return _shape(layer)
-    return weight_sketch(layer.weight.T if isinstance(layer, Conv1D) else layer.weight)
+    with gathered(layer):
+        return weight_sketch(layer.weight.T if isinstance(layer, Conv1D) else layer.weight)
 
 
 def _has_basis(modules: dict[str, nn.Module], name: str) -> bool:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from peft_svf.spectrum import SingularBasis, sketch_distance, weight_sketch
-try:
-    from peft_svf.spectrum.cache import cached_singular_basis
-except ImportError:
-    from peft_svf.spectrum import singular_basis
-    def cached_singular_basis(weight, sketch, dtype):
-        b = singular_basis(weight)
-        return SingularBasis(b.side, b.vectors.to(weight.device, dtype), b.singular_values)
+from peft_svf.spectrum import SingularBasis, cached_singular_basis, sketch_distance, weight_sketch
 from peft_svf.tuner.base_check import OTHER_QUANTIZATION, OTHER_ROUNDING
 from peft_svf.tuner.checkpoint_weights import CheckpointWeights
+from peft_svf.tuner.distributed import gathered, share_basis
 from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.parameter import ParamWrapper, sketch_of_stack
 
@@ -46,7 +41,8 @@ def compute_bases(layers: dict[str, SVFLayer], basis_source: str | None) -> None
     checkpoint = CheckpointWeights(basis_source) if basis_source and pending else None
     for name, layer in logging.tqdm(pending.items(), desc="Singular bases", delay=SECONDS_WITHOUT_PROGRESS_BAR):
         try:
-            _prepare_basis(name, layer, checkpoint)  # a function of its own, so that its weight is freed
+            share_basis(layer, partial(_prepare_basis, name, layer, checkpoint))
+            stop_waiting(layer)
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"SVF cannot adapt '{name}': {error}") from error
 
@@ -61,7 +57,6 @@ def _prepare_basis(name: str, layer: SVFLayer, checkpoint: CheckpointWeights | N
     else:
         layer.set_basis(*_find_basis(weight))
     layer.svf_basis_source = None if checkpoint is None else checkpoint.source
-    stop_waiting(layer)
 
 
 def _find_basis(weight: torch.Tensor) -> tuple[SingularBasis, list[float]]:
@@ -73,7 +68,9 @@ def _find_basis(weight: torch.Tensor) -> tuple[SingularBasis, list[float]]:
 def _weight_of(layer: SVFLayer) -> torch.Tensor:
     """The layer's own weight, shape (out, in)."""
     try:
-        return layer.to_matrix(layer.unmerged_weight())
+        with gathered(layer.get_base_layer()) as is_gathered:
+            weight = layer.to_matrix(layer.unmerged_weight())
+            return weight.clone() if is_gathered else weight
     except (TypeError, NotImplementedError) as error:
         raise ValueError(
             f"its weight, of type {type(layer.get_base_layer()).__name__}, cannot be dequantized; pass "
@@ -96,8 +93,8 @@ def _read_weight(checkpoint: CheckpointWeights, name: str, layer: SVFLayer) -> t
     if weight.shape != expected:
         raise ValueError(f"its shape is {tuple(expected)}, that in '{checkpoint.source}' {tuple(weight.shape)}")
     try:
-        own = layer.to_matrix(layer.unmerged_weight())
-    except (TypeError, NotImplementedError):
+        own = _weight_of(layer)
+    except ValueError:
         return weight  # cannot be dequantized, so cannot be compared
     distance = 0.0 if own.is_meta else sketch_distance(_sketch(own), _sketch(weight))
     if distance > OTHER_QUANTIZATION and weight.isfinite().all():

@@ -65,16 +65,15 @@ def name_in_state_dict(module_name: str) -> str:
     return module_name
 
 
-def offsets_behind_wrappers(
-    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The offsets in `state_dict` that PEFT 0.21 overlooks, whatever the method, and would not save.
+def keys_behind_wrappers(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Offsets that PEFT 0.21 would neither save nor load: their keys in a checkpoint, and those in `model`.
 
-    It searches for them under the names of modules, with the wrappers of FSDP1 and of activation checkpointing in them.
+    PEFT, with any method, searches for parameters under the names of modules, and so misses those of modules that FSDP1
+    or activation checkpointing has wrapped.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    keys = [f"{name_in_state_dict(name)}.svf_offset.{adapter_name}.weight" for name in names]
-    return {key: state_dict[key] for key in keys if key in state_dict}
+    hidden = [name_in_state_dict(name) for name in names if name_in_state_dict(name) != name]
+    return {f"{name}.svf_offset.weight": f"{name}.svf_offset.{adapter_name}.weight" for name in hidden}
 
 
 def refuse_sharded_model(model: nn.Module, target_parameters: list[str] | None) -> None:
@@ -170,7 +169,7 @@ def gathered(layer: nn.Module) -> Iterator[bool]:
         import deepspeed  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise ValueError(
-            "DeepSpeed ZeRO-3 has partitioned its weight: `pip install deepspeed` to gather it"
+            "DeepSpeed ZeRO-3 has partitioned its weight, but `deepspeed` cannot be imported to gather it; install it"
         ) from error
     with deepspeed.zero.GatheredParameters(partitioned):
         yield True
@@ -189,12 +188,15 @@ def only_first_process_has_weights() -> bool:
     return is_fsdp_enabled() and distributed.get_world_size() > 1
 
 
-def run_in_first_process(action: Callable[[], None]) -> None:
-    """Run `action` in process 0 while the others, which must call this too, wait.
+def run_where_weights_are(action: Callable[[], None]) -> None:
+    """Run `action` in every process; in process 0 alone, while the others wait, if only that one has the weights.
 
     Raises:
-        Exception: What `action` raised; in the other processes a ValueError with the same message.
+        Exception: What `action` raised; in processes that waited, a ValueError with the same message.
     """
+    if not only_first_process_has_weights():
+        action()
+        return
     failure: Exception | None = None
     if distributed.get_rank() == 0:
         try:
@@ -209,12 +211,15 @@ def run_in_first_process(action: Callable[[], None]) -> None:
 
 
 def share_basis(layer: SVFLayer, compute: Callable[[], None]) -> None:
-    """Let process 0 `compute` the singular basis of its `layer`, and give it to that layer in all other processes.
+    """Let every process `compute` the singular basis of its `layer`; if only process 0 has the weights, let that one,
+    and give the basis to the same layer in all others.
 
     Raises:
-        Exception: As [`run_in_first_process`].
+        Exception: As [`run_where_weights_are`].
     """
-    run_in_first_process(compute)
+    run_where_weights_are(compute)
+    if not only_first_process_has_weights():
+        return
     is_first = distributed.get_rank() == 0
     header = json.loads(_broadcast_text(json.dumps(_describe_basis(layer)) if is_first else ""))
     vectors = _broadcast_tensor(layer.svf_basis, *header["vectors"])
@@ -222,11 +227,11 @@ def share_basis(layer: SVFLayer, compute: Callable[[], None]) -> None:
     if not is_first:
         device = layer.base_device()
         layer.svf_basis, layer.svf_singular_values = vectors.to(device), singular_values.to(device)
-        layer.svf_sketch = header["sketch"]
+        layer.svf_sketch, layer.svf_basis_source = header["sketch"], header["source"]
 
 
 def _describe_basis(layer: SVFLayer) -> dict[str, Any]:
-    described: dict[str, Any] = {"sketch": layer.svf_sketch}
+    described: dict[str, Any] = {"sketch": layer.svf_sketch, "source": layer.svf_basis_source}
     for key, tensor in {"vectors": layer.svf_basis, "singular_values": layer.svf_singular_values}.items():
         described[key] = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     return described

@@ -75,7 +75,7 @@ def hotswap_adapter(
     _check_base(model, new_config, set(live.layers.values()))
     new = _read_tensors(model_name_or_path, subfolder or "", hub)
     _check_names(new, live.tensors, model_name_or_path, adapter_name)
-    _check_complete(new, new_config, live.layers)
+    _check_layers(new, new_config, live.layers)
     _check_values(new, live.tensors)
     with torch.no_grad():
         for key, tensor in live.tensors.items():
@@ -189,11 +189,19 @@ def _check_names(
         )
 
 
-def _check_complete(new: dict[str, torch.Tensor], config: SVFConfig, layers: dict[str, str]) -> None:
-    """A layer that the configuration knows but the file lacks is damage, not an expert without that layer."""
-    lost = [name for key, name in layers.items() if name in (config.base_fingerprint or {}) and key not in new]
-    if lost:
-        raise ValueError(f"the new expert's file lacks the offsets of {_list(lost)}; save or download it again")
+def _check_layers(new: dict[str, torch.Tensor], config: SVFConfig, layers: dict[str, str]) -> None:
+    """The file must hold the offsets of the layers that the configuration knows, and of these only.
+
+    A layer that it lacks is damage, not an expert without that layer. And the keys of fused expert parameters tell how
+    many of a module are adapted, not which.
+    """
+    known = config.base_fingerprint
+    wrong = [name for key, name in layers.items() if known and (key in new) != (name in known)]
+    if wrong:
+        raise ValueError(
+            f"the new expert's file and its configuration disagree about {_list(wrong)}: the file is damaged, or the "
+            "expert adapts other fused parameters; save it again, or load it onto a model of its own"
+        )
 
 
 def _check_values(new: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> None:

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_svf.spectrum import Side, SingularBasis, weight_change
 from peft_svf.tuner.config import SVFConfig
+from peft_svf.tuner.distributed import refuse_sharded_weight
 from peft_svf.tuner.offset import SVFLogit, SVFOffset
 
 
@@ -158,9 +159,9 @@ class SVFLayer(BaseTunerLayer):
         return True
 
     def base_device(self) -> torch.device:
-        """Where the base layer's weights are."""
+        """Where the base layer's weights are; the CPU if they are not there yet."""
         base = self.get_base_layer()
-        return next((t.device for t in (*base.parameters(), *base.buffers())), torch.device("cpu"))
+        return next((t.device for t in (*base.parameters(), *base.buffers()) if not t.is_meta), torch.device("cpu"))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Unlike PEFT's, does not change the dtype: near 0 a half-precision offset loses the optimizer's small steps.
@@ -250,8 +251,10 @@ class SVFLayer(BaseTunerLayer):
         offset = self.sum_offsets(adapter_names)
         if offset is None:
             raise ValueError(f"this layer has no adapter named {', '.join(adapter_names)}")
+        weight = self.unmerged_weight()
+        refuse_sharded_weight(self.svf_name, weight)
         basis = SingularBasis(self.svf_side, self._columns(offset.shape[0]), self.svf_singular_values)
-        return self.to_matrix(weight_change(self.to_matrix(self.unmerged_weight()), basis, offset))
+        return self.to_matrix(weight_change(self.to_matrix(weight), basis, offset))
 
 
 class Linear(nn.Module, SVFLayer):

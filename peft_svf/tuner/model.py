@@ -19,6 +19,14 @@ from torch import nn
 from peft_svf.tuner.base_check import check_base_model, collect_fingerprint, compare_fingerprints
 from peft_svf.tuner.bases import common_source, compute_bases, export_bases, import_bases, wait_for_bases
 from peft_svf.tuner.config import SVFConfig
+from peft_svf.tuner.distributed import (
+    keep_bases_out_of_ddp,
+    keys_behind_wrappers,
+    name_in_state_dict,
+    refuse_merging_into_shards,
+    refuse_sharded_model,
+    run_where_weights_are,
+)
 from peft_svf.tuner.layer import Linear, SVFLayer
 from peft_svf.tuner.mixed_batch import BASE_MODEL, MixedBatch, generation_expansion, pass_mixed_batch
 from peft_svf.tuner.mixture import check_mixture, mix_offsets
@@ -70,13 +78,15 @@ class SVFModel(BaseTuner):
         self._checks, self._refused = ModuleChecks(model), dict[str, str]()
         try:
             _check_adapter_name(adapter_name)
+            refuse_sharded_model(model, config.target_parameters)
             if config.compares_base:
-                check_base_model(model, config)
+                run_where_weights_are(partial(check_base_model, model, config))
             with _no_false_warning(config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._raise_if_refused()
             check_nesting(model, adapter_name)
             self._prepare_bases(model, adapter_name, config)
+            keep_bases_out_of_ddp(model)
         except Exception:
             before.restore()
             del self.peft_config[adapter_name]
@@ -98,6 +108,10 @@ class SVFModel(BaseTuner):
             compare_fingerprints(fingerprint, config)
         if not config.compares_base:
             config.base_fingerprint = fingerprint
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        refuse_merging_into_shards(self.model)
 
     def _raise_if_refused(self) -> None:
         if self._refused:
@@ -154,7 +168,7 @@ class SVFModel(BaseTuner):
         # PEFT's own version assigns `new_module.weight = child.weight` when it unloads, which not every layer has.
         setattr(parent, child_name, new_module)
         base_layer = child.base_layer if isinstance(child, BaseTunerLayer) else child
-        device = next((parameter.device for parameter in base_layer.parameters()), None)
+        device = next((parameter.device for parameter in base_layer.parameters() if not parameter.is_meta), None)
         for name, module in new_module.named_modules():
             if self.prefix in name and device is not None and not any(p.is_meta for p in module.parameters()):
                 module.to(device)
@@ -168,19 +182,28 @@ class SVFModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: SVFConfig, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: SVFConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         layers = adapted_layers(model, adapter_name)
         config.base_fingerprint = collect_fingerprint({_name_in_base(name): layer for name, layer in layers.items()})
         config.basis_source = config.basis_source or common_source(layers)
-        state_dict = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        return {**state_dict, **export_bases(model, adapter_name)} if config.save_basis else state_dict
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        hidden_keys = keys_behind_wrappers(model, adapter_name).values()
+        entries.update({key: state_dict[key] for key in hidden_keys if key in state_dict})
+        return {**entries, **export_bases(model, adapter_name)} if config.save_basis else entries
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        state_dict = dict(state_dict)
+        hidden_keys = keys_behind_wrappers(model, adapter_name)
+        state_dict = {hidden_keys.get(key, key): tensor for key, tensor in state_dict.items()}
         bases = {_name_in_base(key): state_dict.pop(key) for key in list(state_dict) if ".svf_saved_basis." in key}
         try:
             import_bases({_name_in_base(n): m for n, m in model.named_modules()}, adapter_name, bases)
@@ -314,9 +337,9 @@ def _take_out(model: nn.Module, adapter_name: str) -> None:
 
 def _name_in_base(name: str) -> str:
     """A module's name as seen from the base model, without the wrappers of PEFT and torch."""
-    for wrapper in (PEFT_PREFIX, "_fsdp_wrapped_module.", "_orig_mod."):
+    for wrapper in (PEFT_PREFIX, "_orig_mod."):
         name = name.replace(wrapper, "")
-    return name
+    return name_in_state_dict(name)
 
 
 def _matches_by_ending(config: SVFConfig, name: str) -> Any:

@@ -56,8 +56,7 @@ class ParamWrapper(nn.Module, SVFLayer):
     ) -> None:
         super().__init__()
         self.parameter_name = parameter_name
-        owner = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
-        *stack, rows, columns = getattr(owner, parameter_name).shape
+        *stack, rows, columns = getattr(innermost(base_layer), parameter_name).shape
         self.stack = torch.Size(stack)  # (experts,), or () for a single matrix
         SVFLayer.__init__(self, nn.Linear(columns, rows, bias=False, device="meta"), name)  # one matrix of the stack
         self.base_layer = base_layer
@@ -66,7 +65,7 @@ class ParamWrapper(nn.Module, SVFLayer):
 
     def get_param(self) -> nn.Parameter:
         """The parameter as it is in its module: that of the base model, or the merged one."""
-        return getattr(self.get_base_layer(), self.parameter_name)
+        return getattr(innermost(self), self.parameter_name)
 
     def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
         """Add the offsets of a new adapter, shape (experts, k); the bases are shared with the adapters before it."""
@@ -78,7 +77,7 @@ class ParamWrapper(nn.Module, SVFLayer):
         self.svf_offset[adapter_name] = offset
         self.svf_strength[adapter_name] = 1.0
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        SVFLayer.set_adapter(self, self.active_adapters, inference_mode=config.inference_mode)
 
     def needs_basis(self) -> bool:
         return self.svf_basis is None or self._columns_in_use() > self.svf_basis.shape[-1]
@@ -115,11 +114,7 @@ class ParamWrapper(nn.Module, SVFLayer):
         self.svf_sketch = sketch
 
     def _columns_in_use(self) -> int:
-        return max((offset.weight.shape[-1] for offset in self.svf_offset.values()), default=0)
-
-    def _columns(self, count: int) -> torch.Tensor:
-        self.require_basis()
-        return self.svf_basis[..., :count]
+        return max((offset.shape[-1] for offset in self.svf_offset.parameters()), default=0)
 
     def to_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
@@ -184,7 +179,7 @@ class ParamWrapper(nn.Module, SVFLayer):
                 f"'{self.svf_name}' is offloaded, so SVF cannot change it for a forward pass; keep this module on a "
                 "device, or merge the adapter"
             )
-        parameters = self.get_base_layer()._parameters
+        parameters: dict[str, Any] = innermost(self)._parameters
         unchanged = parameters[self.parameter_name]
         parameters[self.parameter_name] = self._changed_parameter(offset)
         try:
@@ -215,7 +210,7 @@ def why_not_parameter(checks: ModuleChecks, name: str, target: nn.Module, parent
     if isinstance(target, BaseTunerLayer) and not isinstance(target, ParamWrapper):
         return "because an adapter of another method is on it; put SVF on a model of its own"
     module_name, _, parameter_name = name.rpartition(".")
-    module = target.get_base_layer() if isinstance(target, ParamWrapper) else target
+    module = innermost(target)
     parameter = module._parameters.get(parameter_name)
     if parameter is None:
         return "because `torch.nn.utils.parametrize` computes it; remove the parametrization first"
@@ -228,6 +223,13 @@ def why_not_parameter(checks: ModuleChecks, name: str, target: nn.Module, parent
     if len(owners := checks.owners.get(parameter, [])) > 1:
         return f"because it is tied, with the modules {owners}, which would all change with it or be left behind"
     return None
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The module of the base model, without the wrappers around it."""
+    while isinstance(module, BaseTunerLayer):
+        module = module.base_layer
+    return module
 
 
 def adapted_name(name: str, layer: SVFLayer) -> str:
@@ -252,7 +254,7 @@ def check_nesting(model: nn.Module, adapter_name: str) -> None:
         inner = getattr(outer, "base_layer", None)
         if not isinstance(outer, ParamWrapper) or not isinstance(inner, ParamWrapper):
             continue
-        order = list(outer.get_base_layer()._parameters)
+        order = list(innermost(outer)._parameters)
         as_on_a_fresh_model = order.index(inner.parameter_name) < order.index(outer.parameter_name)
         if (adapter_name in outer.svf_offset) != (adapter_name in inner.svf_offset) or not as_on_a_fresh_model:
             raise ValueError(
@@ -276,8 +278,7 @@ def sketch_parameter(module: nn.Module, parameter_name: str) -> list[float] | No
         if module.parameter_name == parameter_name and module.svf_sketch is not None:
             return module.svf_sketch
         module = module.base_layer
-    owner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    parameter = owner._parameters.get(parameter_name)
+    parameter = innermost(module)._parameters.get(parameter_name)
     if parameter is None or parameter.is_meta or parameter.dtype not in DTYPES or parameter.dim() not in (2, 3):
         return None
     return weight_sketch(parameter) if parameter.dim() == 2 else sketch_of_stack([weight_sketch(m) for m in parameter])

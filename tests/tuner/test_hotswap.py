@@ -12,7 +12,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from peft_svf import SVFConfig
 from peft_svf.tuner import SVFLayer, hotswap_adapter
@@ -167,8 +173,9 @@ def test_training_goes_on_in_the_same_parameters(tiny_llama: Build, save: Save) 
 
 
 def test_what_is_saved_afterwards_is_the_new_expert(
-    tiny_llama: Build, math: PeftModel, save: Save, tmp_path: Path
+    tiny_llama: Build, math: PeftModel, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # PEFT looks for the base's configuration
     path = save("half", 2, layers_to_transform=[1])
     change_config(path, base_model_name_or_path="hub/base", revision="abc")
     hotswap_adapter(math, path)
@@ -190,6 +197,35 @@ def test_experts_that_bring_their_basis(tiny_llama: Build, math: PeftModel, save
     assert torch.allclose(
         logits(other_way), logits(PeftModel.from_pretrained(tiny_llama(), save("third", 3))), atol=1e-5
     )
+
+
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=97, **sizes, num_key_value_heads=2, num_local_experts=2, initializer_range=0.2)
+    return MixtralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("new", [("gate_up_proj", "down_proj"), ("gate_up_proj",), ("down_proj",)], ids="+".join)
+@pytest.mark.parametrize("old", [("gate_up_proj", "down_proj"), ("gate_up_proj",), ("down_proj",)], ids="+".join)
+def test_fused_expert_parameters(save: Save, old: tuple[str, ...], new: tuple[str, ...]) -> None:
+    """Offsets of different parameters of one module have the same key and the same shape here."""
+    settings = {"target_modules": ["q_proj"], "exclude_modules": ["lm_head"]}
+    paths = [
+        save(name, seed, mixtral(), target_parameters=[f"mlp.experts.{each}" for each in parameters], **settings)
+        for name, seed, parameters in (("math", 1, old), ("code", 2, new))
+    ]
+    model, expected = (PeftModel.from_pretrained(mixtral(), path) for path in paths)
+    before = logits(model)
+    assert (before - logits(expected)).abs().max() > 1e-2
+    try:
+        hotswap_adapter(model, paths[1])
+    except ValueError as error:
+        assert old != new and any(words in str(error) for words in ("other fused parameters", "also holds"))
+        assert torch.equal(logits(model), before)
+    else:
+        assert torch.equal(logits(model), logits(expected))
+        assert set(new) <= set(old)
 
 
 def test_adapters_injected_by_transformers(tiny_llama: Build, save: Save) -> None:
@@ -328,7 +364,7 @@ def empty(tensors: dict[str, torch.Tensor]) -> None:
         (poison, "'model.layers.1.mlp.up_proj' holds NaN"),
         (infinite, "'model.layers.1.mlp.up_proj' holds NaN, infinite"),
         (whole_numbers, "'model.layers.1.mlp.up_proj' holds NaN, infinite values or no numbers"),
-        (lose, "lacks the offsets of 'model.layers.1.mlp.up_proj'"),
+        (lose, "disagree about 'model.layers.1.mlp.up_proj': the file is damaged"),
         (empty, "holds no offsets"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -6,19 +6,18 @@ here by module and variable, lists that are written in a decorator by module, te
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import TaskType
 from torch import nn
 
 from peft_svf import SVFConfig
 
 
-FIELDS = {field.name for field in fields(SVFConfig)}
 RANDOM: dict[str, Any] = {"init_weights": False}
 POOLER = r"(.*\.)?pooler\..*"
+LLAMA = "trl-internal-testing/tiny-random-LlamaForCausalLM"
 LLAMA4, GPT_OSS = "trl-internal-testing/tiny-Llama4ForCausalLM", "trl-internal-testing/tiny-GptOssForCausalLM"
 
 
@@ -35,14 +34,6 @@ class SquareMLP(nn.Module):
         return self.lin1(self.lin0(X.to(self.dtype)).relu()).log_softmax(dim=-1)
 
 
-def _takes_target_parameters() -> bool:
-    try:
-        SVFConfig(target_parameters=["lin0.weight"])
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
 # (name, model, configuration): `lin0` of "MLP" is tall, `lin1` is wide, `conv1d` is stored transposed.
 CUSTOM_MODELS: list[tuple[str, str, dict[str, Any]]] = [
     ("tall", "MLP", {"target_modules": "lin0"}),
@@ -56,56 +47,21 @@ CUSTOM_MODELS: list[tuple[str, str, dict[str, Any]]] = [
     ("Conv1D", "EmbConv1D", {"target_modules": ["conv1d"]}),
     ("Conv1D and linear", "EmbConv1D", {"target_modules": ["conv1d", "lin0"]}),
     ("trainable tokens", "EmbConv1D", {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}}),
+    ("rank", "MLP", {"target_modules": ["lin0", "lin1"], "rank": 1}),
+    ("rank_pattern", "MLP", {"target_modules": ["lin0", "lin1"], "rank_pattern": {"lin0": 4}}),
+    ("parameter", "MlpUsingParameters", {"target_parameters": ["lin0.weight"]}),
 ]
-TARGET_PARAMETERS: list[tuple[str, dict[str, Any]]] = []
-RANK: dict[str, Any] = {}
-if "rank" in FIELDS:
-    RANK = {"rank": 5}
-    CUSTOM_MODELS.append(("rank", "MLP", {"target_modules": ["lin0", "lin1"], "rank": 1}))
-if "rank_pattern" in FIELDS:
-    CUSTOM_MODELS.append(("rank_pattern", "MLP", {"target_modules": ["lin0", "lin1"], "rank_pattern": {"lin0": 4}}))
-if _takes_target_parameters():
-    CUSTOM_MODELS.append(("parameter", "MlpUsingParameters", {"target_parameters": ["lin0.weight"]}))
-    TARGET_PARAMETERS += [
-        (LLAMA4, {"target_modules": [], "target_parameters": ["feed_forward.experts.down_proj"]}),
-        (
-            LLAMA4,
-            {
-                "target_modules": [],
-                "target_parameters": [
-                    "0.feed_forward.experts.gate_up_proj",
-                    "1.feed_forward.experts.down_proj",
-                ],
-            },
-        ),
-        (
-            LLAMA4,
-            {
-                "target_modules": [],
-                "target_parameters": ["feed_forward.experts.down_proj", "feed_forward.experts.gate_up_proj"],
-            },
-        ),
-        (
-            LLAMA4,
-            {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["feed_forward.experts.down_proj"]},
-        ),
-        (GPT_OSS, {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}),
-        (
-            GPT_OSS,
-            {
-                "target_modules": [],
-                "target_parameters": ["0.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"],
-            },
-        ),
-        (
-            GPT_OSS,
-            {
-                "target_modules": [],
-                "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
-            },
-        ),
-        (GPT_OSS, {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
-    ]
+TWO_PARAMETERS = ["feed_forward.experts.down_proj", "feed_forward.experts.gate_up_proj"]
+TARGET_PARAMETERS: list[tuple[str, list[str], list[str]]] = [  # model, modules, parameters
+    (LLAMA4, [], ["feed_forward.experts.down_proj"]),
+    (LLAMA4, [], ["0.feed_forward.experts.gate_up_proj", "1.feed_forward.experts.down_proj"]),
+    (LLAMA4, [], TWO_PARAMETERS),
+    (LLAMA4, ["q_proj", "v_proj"], ["feed_forward.experts.down_proj"]),
+    (GPT_OSS, [], ["mlp.experts.down_proj"]),
+    (GPT_OSS, [], ["0.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"]),
+    (GPT_OSS, [], ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]),
+    (GPT_OSS, ["q_proj", "v_proj"], ["mlp.experts.down_proj"]),
+]
 
 
 def _two(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, SVFConfig, SVFConfig]]:
@@ -135,7 +91,7 @@ SHARED_LISTS: dict[str, dict[str, list[Any]]] = {
                 {**CONV1D, **RANDOM, "trainable_token_indices": {"emb": [3, 4, 5, 6]}},
             ),
         ],
-        "MIXED_ADAPTER_TEST_CASES": _two(LIN0, {**LIN0, **RANK}) + _two(BOTH, BOTH),
+        "MIXED_ADAPTER_TEST_CASES": _two(LIN0, {**LIN0, "rank": 5}) + _two(BOTH, BOTH),
     },
     "test_decoder_models": {
         "ALL_CONFIGS": [
@@ -168,7 +124,12 @@ SHARED_LISTS: dict[str, dict[str, list[Any]]] = {
     },
     "test_target_parameters": {
         "ALL_CONFIGS": [
-            (model, SVFConfig, {"task_type": TaskType.CAUSAL_LM, **kwargs}) for model, kwargs in TARGET_PARAMETERS
+            (
+                model,
+                SVFConfig,
+                {"task_type": "CAUSAL_LM", "target_modules": modules, "target_parameters": parameters},
+            )
+            for model, modules, parameters in TARGET_PARAMETERS
         ],
     },
 }
@@ -276,19 +237,24 @@ INLINE_LISTS: dict[str, list[tuple[str, str, list[Any]]]] = {
     ],
 }
 
-# The part that is run in continuous integration: names of cases or models by module.
-FAST_MODEL = "trl-internal-testing/tiny-random-LlamaForCausalLM"
-FAST_TESTS: dict[str, tuple[str, ...]] = {
-    "test_config": (FAST_MODEL,),
-    "test_custom_models": (
-        "SVF tall and wide",
-        "SVF modules_to_save",
-        "SVF Conv1D",
-        "SVF rank",
-        "SVF same",
-        "SVF different",
-        "SVF",
-        FAST_MODEL,
+# The part that continuous integration runs, by module: which parameters of a test belong to it.
+FAST: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "test_config": lambda parameters: True,
+    "test_custom_models": lambda parameters: parameters.get("test_name", "SVF") in FAST_CUSTOM_MODELS,
+    "test_decoder_models": lambda parameters: (
+        parameters.get("model_id") == LLAMA and "trainable_token_indices" not in parameters["config_kwargs"]
     ),
-    "test_decoder_models": (FAST_MODEL,),
+    "test_target_parameters": lambda parameters: (
+        parameters["config_kwargs"]["target_parameters"] == TWO_PARAMETERS and parameters["model_id"] == LLAMA4
+    ),
+    "test_trainable_tokens": lambda parameters: True,
+}
+FAST_CUSTOM_MODELS = {
+    "SVF",  # cases of mixed batches, and tests that are not named
+    "SVF same",
+    "SVF different",
+    "SVF tall and wide",
+    "SVF modules_to_save",
+    "SVF Conv1D",
+    "SVF rank",
 }

@@ -11,13 +11,14 @@ PEFT_DEBUG_WITH_TORCH_COMPILE=1 adds PEFT's tests of torch.compile, which take m
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.metadata
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from source import DownloadError, fetch_peft_tests
-from tiny_hub import make_tiny_hub
 
 
 HERE = Path(__file__).resolve().parent
@@ -38,13 +39,23 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"SKIPPED PEFT's own tests: {error}\n")
         return 0
     environment = os.environ | {
-        "HF_HOME": str(make_tiny_hub(BUILD)),
+        "HF_HOME": str(_tiny_hub()),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",  # several workers share the processor, and the models are tiny
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), str(HERE), os.environ.get("PYTHONPATH")])),
     }
     command = _pytest_command(root, options.fast, options.workers, pytest_arguments)
     return subprocess.run(command, cwd=root, env=environment).returncode
+
+
+def _tiny_hub() -> Path:
+    """The folder of the tiny models, made once for each version of the file that makes them and of its tools."""
+    program = HERE / "tiny_hub.py"
+    recipe = program.read_text() + "".join(importlib.metadata.version(name) for name in ("torch", "transformers"))
+    home = BUILD / f"hub-{hashlib.sha1(recipe.encode()).hexdigest()[:12]}"
+    if not home.is_dir():
+        subprocess.run([sys.executable, str(program), str(home)], check=True)
+    return home
 
 
 def _pytest_command(root: Path, fast: bool, workers: int, arguments: list[str]) -> list[str]:

@@ -1,10 +1,12 @@
 """Random tiny models under the repository names that PEFT's tests load, in the layout of the Hugging Face cache.
 
 PEFT's tests load about twenty tiny models from the Hub. Here their architectures are made locally, seeded by their
-names, so that the tests run without network: under 20 MB, a few seconds. One repository in the cache is
+names, so that the tests run without network: 12 MB, a few seconds. One repository in the cache is
 
     <HF_HOME>/hub/models--<organisation>--<name>/refs/<branch>          holds the name of a snapshot
     <HF_HOME>/hub/models--<organisation>--<name>/snapshots/<snapshot>/  holds the files
+
+    python tests/upstream/tiny_hub.py <HF_HOME>
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -86,7 +89,8 @@ def _opt() -> transformers.PreTrainedModel:
 
 def _opt_125m() -> transformers.PreTrainedModel:
     # As many layers and as wide an embedding as the real one: tests count the former and compute with the latter.
-    # Small weights, because a test bounds the error of quantization, and larger random ones break the bound on their own.
+    # Small weights, because a test bounds the error of quantization, and larger random ones break the bound by
+    # themselves.
     shape = {"hidden_size": 128, "word_embed_proj_dim": 768, "ffn_dim": 256, "num_hidden_layers": 12}
     return transformers.OPTForCausalLM(transformers.OPTConfig(**shape, **(OPT | {"init_std": 0.02})))
 
@@ -147,21 +151,14 @@ REPOSITORIES: dict[str, Callable[[], transformers.PreTrainedModel | peft.PeftMod
 }
 
 
-def make_tiny_hub(folder: Path) -> Path:
-    """Make the tiny models below `folder`, once for each version of this file and of transformers.
+def make_tiny_hub(home: Path) -> None:
+    """Make the tiny models.
 
     Args:
-        folder (`Path`): Where to keep the result.
-
-    Returns:
-        `Path`: What `HF_HOME` must be set to.
+        home (`Path`): A folder that does not exist yet, and then is what `HF_HOME` must be set to.
     """
-    recipe = Path(__file__).read_bytes() + transformers.__version__.encode() + torch.__version__.encode()
-    home = folder / f"hub-{hashlib.sha1(recipe).hexdigest()[:12]}"
-    if home.is_dir():
-        return home
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder))
+    home.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=home.parent))
     transformers.utils.logging.disable_progress_bar()
     try:
         for repository, build in REPOSITORIES.items():
@@ -176,7 +173,6 @@ def make_tiny_hub(folder: Path) -> Path:
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return home
 
 
 def _make_snapshot_folder(home: Path, repository: str, branches: Sequence[str]) -> Path:
@@ -199,3 +195,7 @@ def _tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
     )
+
+
+if __name__ == "__main__":
+    make_tiny_hub(Path(sys.argv[1]))

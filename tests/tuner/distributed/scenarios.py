@@ -25,7 +25,7 @@ if sys.platform == "linux":
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, load_fsdp_model, save_fsdp_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import distributed, nn
@@ -104,10 +104,14 @@ def is_merged(model: nn.Module) -> bool:
 def offsets(model: nn.Module) -> dict[str, torch.Tensor]:
     """All offsets in full, by name in the PeftModel."""
     return {
-        name.replace("_fsdp_wrapped_module.", ""): whole(parameter.detach()).clone()
+        without_wrappers(name): whole(parameter.detach()).clone()
         for name, parameter in model.named_parameters()
         if "svf_offset" in name
     }
+
+
+def without_wrappers(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -296,7 +300,7 @@ def sharded_before(rank: int, folder: Path) -> Result:
     return {}, facts
 
 
-def first_process(rank: int, folder: Path, placeholder: str = "meta") -> Result:
+def first_process(rank: int, folder: Path, placeholder: str, activation_checkpointing: bool) -> Result:
     """accelerate's own path with `cpu_ram_efficient_loading`. In process 1 nothing of the base model is real."""
     os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
     base = build_base()
@@ -306,6 +310,7 @@ def first_process(rank: int, folder: Path, placeholder: str = "meta") -> Result:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         cpu_ram_efficient_loading=True,
+        activation_checkpointing=activation_checkpointing,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
     )
@@ -322,7 +327,19 @@ def first_process(rank: int, folder: Path, placeholder: str = "meta") -> Result:
         model.save_pretrained(folder / "expert", state_dict=weights)
     sketches = [layer.svf_sketch for layer in svf_layers(model)]
     tensors = {**offsets(model), **bases(model), **both_logits(model, folder)}
+    tensors.update({f"resumed.{name}": tensor for name, tensor in resume(accelerator, model, folder).items()})
     return tensors, {"is_sharded": is_sharded, "sketches": sketches}
+
+
+def resume(accelerator: Accelerator, model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """Forget the offsets, and load them from a checkpoint as Trainer writes it, in shards."""
+    arguments = accelerator.state.fsdp_plugin, accelerator, model, str(folder)
+    save_fsdp_model(*arguments, adapter_only=True)
+    for name, parameter in model.named_parameters():
+        if "svf_offset" in name:
+            nn.init.zeros_(parameter)
+    load_fsdp_model(*arguments, adapter_only=True)
+    return offsets(model)
 
 
 def without_weights(base: LlamaForCausalLM, placeholder: str) -> None:
@@ -334,7 +351,7 @@ def without_weights(base: LlamaForCausalLM, placeholder: str) -> None:
 
 
 def bases(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: buffer for name, buffer in model.named_buffers() if "svf_" in name}
+    return {without_wrappers(name): buffer for name, buffer in model.named_buffers() if "svf_" in name}
 
 
 def first_process_fails(rank: int, folder: Path) -> Result:
@@ -418,8 +435,8 @@ SCENARIOS: dict[str, Callable[[int, Path], Result]] = {
     "fsdp2_keeps_unsharded": fsdp2_keeps_unsharded,
     "fsdp1": fsdp1,
     "sharded_before": sharded_before,
-    "first_process_meta": first_process,
-    "first_process_nan": lambda rank, folder: first_process(rank, folder, "nan"),
+    "first_process_meta": lambda rank, folder: first_process(rank, folder, "meta", activation_checkpointing=False),
+    "first_process_nan": lambda rank, folder: first_process(rank, folder, "nan", activation_checkpointing=True),
     "first_process_fails": first_process_fails,
     "zero3": zero3,
 }
@@ -447,7 +464,7 @@ def run(scenario: str, rank: int, processes: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(facts))
     if processes > 1:
         distributed.barrier()
-    os._exit(0)  # without the clean-up of libraries, which may wait for one another
+    os._exit(0)  # without the clean-up of libraries, which takes seconds and may wait for the other process
 
 
 def main() -> None:
@@ -464,6 +481,7 @@ def main() -> None:
         for child in children:
             child.kill()
         print(json.dumps([child.exitcode for child in children]), flush=True)  # noqa: T201
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""Merged experts: forward and decoding as fast as the base model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from models import adapt, basis_cache, random_tokens
+from quantities.setting import Setting
+from report import Row
+from timing import ratios, time_rounds
+from torch import nn
+
+
+GOAL = 1.02
+DECODED = 16  # tokens of one timed generation
+ROUNDS = 5  # times as many as elsewhere: the differences are small
+
+
+def measure(setting: Setting) -> Iterator[Row]:
+    """Time of forward over a batch, and of greedy decoding of one row, after `merge_adapter`."""
+    base = setting.build_base()
+    models: dict[str, nn.Module] = {"base": base}
+    for method in ("SVF", "LoRA r16"):
+        with basis_cache("off"):
+            model = adapt(copy.deepcopy(base), method).eval()
+        model.merge_adapter()
+        models[method] = model
+    rows, length = setting.tokens(cuda=(8, 512), cpu=(2, 128), slow=(1, 16))
+    batch = random_tokens(rows, length, setting.device, setting.seed)
+    prompt = random_tokens(1, 8, setting.device, setting.seed)
+    forward = {name: _forward(model, batch) for name, model in models.items()}
+    decode = {name: _decode(model, prompt) for name, model in models.items()}
+    yield _row(setting, f"merged forward, {rows} × {length} tokens, × of the base model", forward)
+    yield _row(setting, "merged greedy decoding, × of the base model", decode)
+
+
+def _row(setting: Setting, quantity: str, candidates: dict[str, Callable[[], object]]) -> Row:
+    rounds = setting.rounds if setting.slow else ROUNDS * setting.rounds
+    found = ratios(time_rounds(candidates, rounds, setting.device), "base")
+    why = "each merged layer still makes one more Python call than the base; merge_and_unload() returns the base model"
+    return Row(quantity, str(setting), {name: found[name] for name in ("SVF", "LoRA r16")}, GOAL, why)
+
+
+def _forward(model: nn.Module, tokens: torch.Tensor) -> Callable[[], object]:
+    @torch.no_grad()
+    def run() -> None:
+        model(input_ids=tokens, use_cache=False)
+
+    return run
+
+
+def _decode(model: nn.Module, prompt: torch.Tensor) -> Callable[[], object]:
+    mask = torch.ones_like(prompt)
+    return lambda: model.generate(
+        input_ids=prompt, attention_mask=mask, max_new_tokens=DECODED, min_new_tokens=DECODED, do_sample=False
+    )

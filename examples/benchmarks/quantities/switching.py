@@ -1,0 +1,45 @@
+"""Switching the active expert of a large model with `set_adapter`, in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from models import Shape, adapt, add_experts, basis_cache, build_base
+from peft import PeftModel
+from quantities.setting import Setting
+from report import Row
+from timing import Spread, time_rounds
+
+
+GOAL_MS = 2.0
+# Switching touches no weight, so only the number of modules counts: 29 layers of 7 matrices, 203 in all.
+SMALL = Shape("small", hidden=32, intermediate=64, layers=29, heads=4)
+
+
+def measure(setting: Setting) -> Iterator[Row]:
+    """`set_adapter` on a model of 203 adapted matrices, with 2 and with 32 experts loaded."""
+    for experts in (2, 32):
+        names = [f"expert{number}" for number in range(experts)]
+        models = {method: _with_experts(setting, method, names) for method in ("SVF", "LoRA r16")}
+        switches = {method: (lambda model=model: _switch_twice(model)) for method, model in models.items()}
+        seconds = time_rounds(switches, 4 * setting.rounds, setting.device)
+        yield Row(
+            f"set_adapter with {experts} experts loaded, ms",
+            "203 adapted matrices",
+            {method: Spread.of([1e3 * value / 2 for value in values]) for method, values in seconds.items()},
+            GOAL_MS if experts == 2 else None,
+            "visiting every module of the model takes this long",
+        )
+
+
+def _with_experts(setting: Setting, method: str, names: list[str]) -> PeftModel:
+    with basis_cache("off"):
+        model = adapt(build_base(SMALL, torch.float32, setting.device, setting.seed), method, names[0])
+        add_experts(model, method, names[1:])
+    return model
+
+
+def _switch_twice(model: PeftModel) -> None:
+    model.set_adapter("expert1")
+    model.set_adapter("expert0")

@@ -1,0 +1,87 @@
+"""A training step without merging: its time and its peak memory, against LoRA of rank 16."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from models import METHODS, adapt, basis_cache, random_tokens, training_step
+from peak_memory import peak_bytes
+from quantities.setting import Setting
+from released_code import ReleasedCode
+from report import Row
+from timing import Spread, ratios, time_rounds
+from torch import nn
+from transformers import LlamaForCausalLM
+
+
+TIME_GOAL, MEMORY_GOAL = 1.6, 1.15
+REFERENCE = "LoRA r16"
+MEMORY_BATCH = (4, 512)
+
+
+def measure(setting: Setting) -> Iterator[Row]:
+    """Time, then peak memory, of forward, backward and AdamW."""
+    yield _time(setting)
+    yield _peak(setting)
+
+
+def _time(setting: Setting) -> Row:
+    rows, length = setting.tokens(cuda=(8, 512), cpu=(4, 256), slow=(1, 16))
+    tokens = random_tokens(rows, length, setting.device, setting.seed)
+    base = setting.build_base()
+    steps = {name: make_step(tokens) for name, (_, make_step) in _trainable(base).items()}
+    found = ratios(time_rounds(steps, setting.rounds, setting.device), REFERENCE)
+    return Row(
+        f"training step, {rows} × {length} tokens, time, × of LoRA r16",
+        str(setting),
+        found,
+        TIME_GOAL,
+        _flops(setting),
+        "bfloat16 matrix products are emulated on this CPU" if setting.slow else "",
+    )
+
+
+def _peak(setting: Setting) -> Row:
+    rows, length = (2, 64) if setting.quick else MEMORY_BATCH
+    tokens = random_tokens(rows, length, setting.device, setting.seed)
+    base = setting.build_base()
+    peaks = {}
+    for name in [*METHODS, "U, S, V"]:  # one at a time: nothing else may be alive on the device
+        model, make_step = _trainable(base, [name])[name]
+        peaks[name] = peak_bytes(model, make_step, tokens)
+        del model, make_step
+    return Row(
+        f"training step, {rows} × {length} tokens, peak memory, × of LoRA r16",
+        str(setting),
+        {name: Spread.exact(peak / peaks[REFERENCE]) for name, peak in peaks.items()},
+        MEMORY_GOAL,
+        "with so few tokens the basis weighs more than what the backward pass keeps",
+        f"LoRA r16: {peaks[REFERENCE] / 1e6:.0f} MB, weights included",
+    )
+
+
+def _trainable(
+    base: LlamaForCausalLM, names: list[str] | None = None
+) -> dict[str, tuple[nn.Module, Callable[[torch.Tensor], Callable[[], object]]]]:
+    """By method, an adapted copy of the base model and what makes its training step."""
+    found: dict[str, tuple[nn.Module, Callable[[torch.Tensor], Callable[[], object]]]] = {}
+    for name in names or [*METHODS, "U, S, V"]:
+        if name == "U, S, V":
+            released = ReleasedCode(copy.deepcopy(base))
+            found[name] = (released, released.training_step)
+            continue
+        with basis_cache("off"):
+            model = adapt(copy.deepcopy(base), name)
+        found[name] = (model, partial(training_step, model))
+    return found
+
+
+def _flops(setting: Setting) -> str:
+    """Why a goal on time can be out of reach: per token, 8 r² beside 4 · out · in for forward and backward."""
+    matrices = setting.shape.matrices()
+    extra = sum(8 * min(shape) ** 2 for shape in matrices)
+    base = sum(4 * rows * columns for rows, columns in matrices)
+    return f"forward and backward take 4·out·in flops a token in the base, 8·r² in SVF, here {1 + extra / base:.2f}×"

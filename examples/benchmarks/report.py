@@ -1,0 +1,112 @@
+"""What the benchmark prints: rows with a goal and a verdict, as a Markdown table or as JSON, and where they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from timing import Spread
+
+
+COLUMNS = ["SVF", "LoRA r16", "IA3", "VeRA", "TinyLoRA", "U, S, V"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity.
+
+    Attributes:
+        quantity (`str`): What was measured, with its unit and what 1 means.
+        setting (`str`): Shape and dtype.
+        values (`dict[str, Spread]`): By method, the names of `COLUMNS`.
+        at_most (`float`, *optional*): The goal for SVF; none for rows that only inform.
+        why_missed (`str`): Printed if the goal is missed.
+        note (`str`): Printed in any case.
+    """
+
+    quantity: str
+    setting: str
+    values: dict[str, Spread]
+    at_most: float | None = None
+    why_missed: str = ""
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.at_most is None else self.values["SVF"].median <= self.at_most
+
+    def verdict(self) -> str:
+        if self.met is None:
+            return self.note
+        words = "met" if self.met else f"missed: {self.why_missed}" if self.why_missed else "missed"
+        return f"{words}; {self.note}" if self.note else words
+
+
+@dataclass
+class Report:
+    """The rows of one run, and the machine and versions they were measured with."""
+
+    environment: dict[str, str]
+    rows: list[Row] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """A line on the environment, then one table for each shape and dtype."""
+        lines = [", ".join(f"{name} {value}" for name, value in self.environment.items()), ""]
+        for setting in dict.fromkeys(row.setting for row in self.rows):
+            lines += [f"**{setting}**", "", *_table([row for row in self.rows if row.setting == setting]), ""]
+        return "\n".join(lines)
+
+    def json(self) -> str:
+        rows = [{**asdict(row), "met": row.met} for row in self.rows]
+        return json.dumps({"environment": self.environment, "rows": rows}, indent=1)
+
+    def write(self, path: Path) -> None:
+        """Write the file in one step; the name's ending, .md or .json, decides the format."""
+        text = self.json() if path.suffix == ".json" else self.markdown()
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+
+
+def _table(rows: Iterable[Row]) -> list[str]:
+    lines = [_line(["quantity", "goal", *COLUMNS, "verdict"]), _line(["---"] * (len(COLUMNS) + 3))]
+    for row in rows:
+        goal = "" if row.at_most is None else f"≤ {row.at_most:g}"
+        values = [str(row.values[name]) if name in row.values else "–" for name in COLUMNS]
+        lines.append(_line([row.quantity, goal, *values, row.verdict()]))
+    return lines
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def describe_environment(device: str) -> dict[str, str]:
+    """Hardware, threads, versions and date."""
+    hardware = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    packages = {name: _version(name) for name in ("torch", "peft", "transformers", "peft-svf")}
+    threads = {} if device == "cuda" else {"threads": str(torch.get_num_threads())}
+    return {"on": hardware, **threads, **packages, "date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
+
+
+def _processor() -> str:
+    names = []
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
