@@ -77,9 +77,7 @@ LAYERS_OF_8B = 32
 METHODS: dict[str, Callable[[], PeftConfig]] = {
     "SVF": lambda: SVFConfig(task_type="CAUSAL_LM"),
     "LoRA r16": lambda: LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-    "IA3": lambda: IA3Config(
-        target_modules=LINEAR_LAYERS, feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
-    ),
+    "IA3": lambda: IA3Config(target_modules=LINEAR_LAYERS, feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
     "VeRA": lambda: VeraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
     "TinyLoRA": lambda: TinyLoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
 }

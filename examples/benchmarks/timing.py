@@ -38,20 +38,40 @@ class Spread:
         return f"{self.median:.3g} ({self.low:.3g}–{self.high:.3g})"
 
 
+def make_clock(device: str, processor_time: bool = False) -> Callable[[], float]:
+    """What tells the time in seconds, after the device has done all it was given.
+
+    Args:
+        device (`str`): "cpu" or "cuda".
+        processor_time (`bool`, *optional*): Count only the time that the processor spends on this process. For a CPU
+            that others use too; with one thread it is what the wall clock would show on an idle machine.
+    """
+    if device != "cuda":
+        return time.process_time if processor_time else time.perf_counter
+
+    def after_synchronizing() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return after_synchronizing
+
+
 def time_rounds(
-    candidates: dict[str, Callable[[], Any]], rounds: int, device: str, warm_up: bool = True, seed: int = 0
+    candidates: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float], warm_up: bool = True
 ) -> dict[str, list[float]]:
     """Seconds of every candidate in every round; the order within a round is shuffled."""
     if warm_up:
         for run in candidates.values():
             run()
     order = list(candidates)
-    shuffle = random.Random(seed).shuffle
+    shuffle = random.Random(0).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            seconds[name].append(_seconds(candidates[name], device))
+            start = clock()
+            candidates[name]()
+            seconds[name].append(clock() - start)
     return seconds
 
 
@@ -61,16 +81,3 @@ def ratios(seconds: dict[str, list[float]], to: str) -> dict[str, Spread]:
         name: Spread.of([value / base for value, base in zip(values, seconds[to], strict=True)])
         for name, values in seconds.items()
     }
-
-
-def _seconds(run: Callable[[], Any], device: str) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    run()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

@@ -18,6 +18,7 @@ from models import SHAPES
 from quantities import QUANTITIES, SINGLE_QUANTITIES
 from quantities.setting import Setting
 from report import Report, Row, describe_environment
+from timing import make_clock
 from transformers.utils import logging
 
 
@@ -29,12 +30,17 @@ LAYERS_ON_CUDA = 8  # of llama-8b: seven adapted copies must fit into the memory
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shapes", default="llama-1024,llama-2048", help=f"of {', '.join(SHAPES)} (default: %(default)s)")
+    parser.add_argument(
+        "--shapes", default="llama-1024,llama-2048", help=f"of {', '.join(SHAPES)} (default: %(default)s)"
+    )
     parser.add_argument("--dtype", default="float32,bfloat16", help="(default: %(default)s)")
     parts = [*QUANTITIES, *SINGLE_QUANTITIES]
     parser.add_argument("--parts", default=",".join(parts), help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of each timing (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=CPU_THREADS, help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="for a CPU that others use too; set --threads 1 as well"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and tokens (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a small shape, one round: whether it runs at all")
     parser.add_argument("--output", type=Path, nargs="*", default=[], help="files to write, .md or .json")
@@ -52,12 +58,13 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
     """Every shape with every dtype."""
     shapes = ["llama-256"] if arguments.quick else arguments.shapes.split(",")
     rounds = 1 if arguments.quick else arguments.rounds
+    clock = make_clock(arguments.device, arguments.processor_time)
     for name in shapes:
         shape = SHAPES[name]
         if name == "llama-8b" and arguments.device == "cuda":
             shape = shape.with_layers(LAYERS_ON_CUDA)
         for dtype in arguments.dtype.split(","):
-            yield Setting(shape, DTYPES[dtype], arguments.device, rounds, arguments.seed, arguments.quick)
+            yield Setting(shape, DTYPES[dtype], arguments.device, rounds, arguments.seed, arguments.quick, clock)
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Row]:

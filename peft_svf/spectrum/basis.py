@@ -42,10 +42,10 @@ class SingularBasis:
 def singular_basis(weight: torch.Tensor) -> SingularBasis:
     """Compute the singular basis of `weight` in float64.
 
-    The basis comes from the eigenvectors of the smaller Gram matrix, WᵀW if in ≤ out, else WWᵀ. In float64 that
-    takes on the CPU as long as a float32 SVD if the weight is square, down to a third if it is long, and is more exact:
-    the change of the weight is accurate to about 1e-12. Beside the weight it needs, for the moment, the memory of about
-    five (r, r) float64 matrices, however long the weight is.
+    The basis comes from the eigenvectors of the smaller Gram matrix, WᵀW if in ≤ out, else WWᵀ. In float64 that is
+    more exact than a float32 SVD (the change of the weight is accurate to about 1e-12), and on the CPU it takes as
+    long for a square weight and down to a third of the time for a long one. Beside the weight it needs, for the
+    moment, the memory of about five (r, r) float64 matrices.
 
     Args:
         weight (`torch.Tensor`):

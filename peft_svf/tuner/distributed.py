@@ -68,8 +68,8 @@ def name_in_state_dict(module_name: str) -> str:
 def keys_behind_wrappers(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Offsets that PEFT 0.21 would neither save nor load: their keys in a checkpoint, and those in `model`.
 
-    PEFT, with any method, searches for parameters under the names of modules, and so misses those of modules that FSDP1
-    or activation checkpointing has wrapped.
+    PEFT, with any method, searches for parameters under the names of modules, and so misses those that FSDP1 or
+    activation checkpointing has wrapped.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     hidden = [name_in_state_dict(name) for name in names if name_in_state_dict(name) != name]

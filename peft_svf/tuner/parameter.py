@@ -41,7 +41,9 @@ class ParamWrapper(nn.Module, SVFLayer):
       difference to an offset, because a matrix and its transpose have the same singular values.
     - A fused `gate_up_proj` is one matrix, so its singular values are those of gate and up together.
     - Memory: every forward computes W' of the whole stack, as large as the parameter, and for training keeps it until
-      the backward pass (as LoRA does). For inference merge the adapter: it then costs what the base model costs.
+      the backward pass (as LoRA does).
+    - Time: W' takes experts · r² · (k + the longer side) multiplications, however few tokens the forward has. So
+      generate with the adapter merged; it then costs what the base model costs.
 
     Args:
         base_layer (`nn.Module`): The module that owns the parameter, or the wrapper of another of its parameters.

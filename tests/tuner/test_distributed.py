@@ -100,7 +100,6 @@ def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 ROUNDING = 1e-6  # offsets are of size 0.1; sums over a batch are taken in another order
-BFLOAT16_ROUNDING = 1e-3
 
 
 @pytest.mark.parametrize("scenario", ["ddp", "trainer", "fsdp2", "fsdp1", "first_process_meta", "first_process_nan"])
@@ -118,7 +117,7 @@ def test_fsdp2_trains_float32_offsets_beside_bfloat16_weights(run: Run) -> None:
     first, second = run("fsdp2_bfloat16").tensors
     assert all(tensor.dtype == torch.float32 for tensor in offsets_of(first).values())
     assert_same(offsets_of(second), offsets_of(first))
-    assert_same(first, expected, BFLOAT16_ROUNDING)
+    assert_same(first, expected, ROUNDING)
 
 
 def test_the_scenarios_are_what_they_claim_to_be(run: Run) -> None:

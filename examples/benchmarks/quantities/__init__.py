@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from report import Row
+
 from quantities import basis, expert_file, memory, merged, mixed_batch, switching, training
 from quantities.setting import Setting
-from report import Row
 
 
 # For every shape and dtype.

@@ -10,91 +10,105 @@ from pathlib import Path
 
 import torch
 from models import METHODS, adapt, adapted_linears, basis_cache
-from quantities.setting import Setting
 from report import Row
-from timing import Spread, ratios, time_rounds
+from timing import Spread, ratios
 from torch import nn
 
+from peft_svf.spectrum import singular_basis, weight_change
+from quantities.setting import Setting
 
-SETUP_SPEED = 1 / 2  # of torch.linalg.svd
-CACHE_SPEED = 1 / 10  # of computing
-CHECKED_LAYERS = ("q_proj", "k_proj", "down_proj")  # square, output side, output side with a larger input
+
+SETUP_TIME = 1 / 2  # of torch.linalg.svd
+CACHE_TIME = 1 / 10  # of computing
+CHECKED_LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")  # square, and wide ones
 OFFSET_STD = 0.1
 
 
 def measure(setting: Setting) -> Iterator[Row]:
     """Set-up against torch.linalg.svd in float32, from the cache against without it, and the error of ΔW."""
-    yield from _time_setup(setting)
-    yield _compare_errors(setting)
-
-
-def _time_setup(setting: Setting) -> Iterator[Row]:
     base = setting.build_base()
-    linears = list(adapted_linears(base).values())
+    yield from _time_setup(setting, base)
+    yield from _compare_errors(setting, base)
+
+
+def _time_setup(setting: Setting, base: nn.Module) -> Iterator[Row]:
+    weights = [linear.weight.detach() for linear in adapted_linears(base).values()]
     with tempfile.TemporaryDirectory() as folder:
         filled = str(Path(folder) / "filled")
-        with basis_cache(filled):
-            adapt(copy.deepcopy(base), "SVF")
         empty = (str(Path(folder) / str(number)) for number in count())
+        _set_up(base, "SVF", filled)
         candidates: dict[str, Callable[[], object]] = {
-            "svd": lambda: [torch.linalg.svd(linear.weight.detach().float(), full_matrices=False) for linear in linears],
+            "svd": lambda: [torch.linalg.svd(weight.float(), full_matrices=False) for weight in weights],
             "SVF from cache": lambda: _set_up(base, "SVF", filled),
             "SVF": lambda: _set_up(base, "SVF", next(empty)),
             **{name: (lambda name=name: _set_up(base, name, "off")) for name in METHODS if name != "SVF"},
         }
-        seconds = time_rounds(candidates, min(setting.rounds, 3), setting.device, warm_up=False)
+        seconds = setting.time(candidates, warm_up=False)
     to_svd = ratios(seconds, "svd")
     yield Row(
         "set-up of the whole model, × of torch.linalg.svd in float32",
         str(setting),
-        {"SVF": to_svd["SVF"], **{name: to_svd[name] for name in METHODS if name != "SVF"}, "U, S, V": to_svd["svd"]},
-        SETUP_SPEED,
-        note=f"SVF {Spread.of(seconds['SVF']).median:.2g} s, written to the cache included",
+        {**{name: to_svd[name] for name in METHODS}, "U, S, V": to_svd["svd"]},
+        SETUP_TIME,
+        note=f"{Spread.of(seconds['SVF']).median:.2g} s with writing to the cache",
     )
     yield Row(
         "set-up from the cache, × of computing",
         str(setting),
         {"SVF": ratios(seconds, "SVF")["SVF from cache"]},
-        CACHE_SPEED,
-        "at this size the bases are computed in little more than the rest of the set-up takes",
+        CACHE_TIME,
+        "at this size the bases are computed in little more time than the rest of the set-up takes",
     )
 
 
 def _set_up(base: nn.Module, method: str, cache: str) -> None:
     with basis_cache(cache):
-        adapt(copy.deepcopy(base), method).unload()
+        adapt(base, method).unload()
 
 
-def _compare_errors(setting: Setting) -> Row:
-    """Relative error of ΔW for random offsets, in the worst of three layers, as kept in memory in the model's dtype."""
-    base = setting.build_base()
+def _compare_errors(setting: Setting, base: nn.Module) -> Iterator[Row]:
+    """Relative error of ΔW for random offsets, in the worst of three layers."""
     with basis_cache("off"):
-        model = adapt(copy.deepcopy(base), "SVF")
-    ours, two_sided = [], []
-    generator = torch.Generator().manual_seed(setting.seed)
-    for name in (f"model.layers.0.{'mlp' if 'down' in layer else 'self_attn'}.{layer}" for layer in CHECKED_LAYERS):
-        layer = model.base_model.model.get_submodule(name)
-        offset = layer.svf_offset["default"].weight
-        offset.data = (torch.randn(offset.shape, generator=generator) * OFFSET_STD).to(offset.device)
-        weight = base.get_submodule(name).weight.detach()
-        exact = _two_sided_change(weight.double(), offset.detach(), torch.float64)
-        ours.append(_relative_error(layer.get_delta_weight("default"), exact))
-        two_sided.append(_relative_error(_two_sided_change(weight.float(), offset.detach(), setting.dtype), exact))
-    return Row(
-        "error of ΔW against a float64 SVD",
+        layers = adapt(copy.deepcopy(base), "SVF").base_model.model.model.layers[0]
+    errors = [
+        _errors(layers.get_submodule(name), base.model.layers[0].get_submodule(name).weight.detach(), setting)
+        for name in CHECKED_LAYERS
+    ]
+    computed, computed_svd, kept, kept_svd = (Spread.exact(max(column)) for column in zip(*errors, strict=True))
+    yield Row(
+        "error of ΔW, beside a float32 SVD",
         str(setting),
-        {"SVF": Spread.exact(max(ours)), "U, S, V": Spread.exact(max(two_sided))},
-        max(two_sided),
-        note="goal: the error of a float32 SVD; both with factors kept in the dtype of the model",
+        {"SVF": computed, "U, S, V": computed_svd},
+        computed_svd.median,
+        note="both against a float64 SVD",
+    )
+    dtype = str(setting.dtype).removeprefix("torch.")
+    yield Row(
+        "error of ΔW with factors kept in the dtype of the model",
+        str(setting),
+        {"SVF": kept, "U, S, V": kept_svd},
+        note=f"of get_delta_weight(); rounded to {dtype}, as the weights are",
     )
 
 
-def _two_sided_change(weight: torch.Tensor, offset: torch.Tensor, kept: torch.dtype) -> torch.Tensor:
-    """U diag(σ ⊙ offset) Vᵀ in float64, from factors that were kept in `kept`."""
-    left, singular_values, right = torch.linalg.svd(weight, full_matrices=False)
-    left, right = left.to(kept).double(), right.to(kept).double()
-    return (left * (singular_values.double() * offset.double())) @ right
+def _errors(layer: nn.Module, weight: torch.Tensor, setting: Setting) -> tuple[float, float, float, float]:
+    """Errors of ΔW: SVF and a float32 SVD as computed, then both with factors in the dtype of the model."""
+    offset = layer.svf_offset["default"].weight
+    generator = torch.Generator().manual_seed(setting.seed)
+    offset.data = (torch.randn(offset.shape, generator=generator) * OFFSET_STD).to(offset.device)
+    offset = offset.detach()
+    exact = _two_sided_change(torch.linalg.svd(weight.double(), full_matrices=False), offset)
+    factors = torch.linalg.svd(weight.float(), full_matrices=False)
+    changes = (
+        weight_change(weight.double(), singular_basis(weight), offset.double()),
+        _two_sided_change(factors, offset),
+        layer.get_delta_weight("default"),
+        _two_sided_change([factor.to(setting.dtype) for factor in factors], offset),
+    )
+    return tuple(float(torch.linalg.norm(change.double() - exact) / torch.linalg.norm(exact)) for change in changes)
 
 
-def _relative_error(change: torch.Tensor, exact: torch.Tensor) -> float:
-    return float(torch.linalg.norm(change.double() - exact) / torch.linalg.norm(exact))
+def _two_sided_change(factors: list[torch.Tensor], offset: torch.Tensor) -> torch.Tensor:
+    """U diag(σ ⊙ offset) Vᵀ in float64."""
+    left, singular_values, right = (factor.double() for factor in factors)
+    return (left * (singular_values * offset.double())) @ right

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from models import LAYERS_OF_8B, METHODS, SHAPES, Shape, adapt, basis_cache, build_base
+from models import LAYERS_OF_8B, LINEAR_LAYERS, METHODS, SHAPES, Shape, adapt, basis_cache, build_base
 from peft import PeftModel
-from quantities.setting import Setting
 from report import Row
 from safetensors.torch import load_file, save_file
 from timing import Spread
+
+from quantities.setting import Setting
 
 
 GOAL_KB = 16.0
@@ -37,21 +38,18 @@ def measure(setting: Setting) -> Iterator[Row]:
 
 
 def measure_8b(setting: Setting) -> Iterator[Row]:
-    """The file of an expert for Llama-3.1-8B: real names from a small model of 32 layers, vectors of the real sizes."""
+    """An expert for Llama-3.1-8B: the names from a small model of 32 layers, with vectors of the real sizes."""
     small = Shape("small", hidden=32, intermediate=64, layers=LAYERS_OF_8B, heads=4)
     ranks = [min(shape) for shape in SHAPES["llama-8b"].matrices()]
     with tempfile.TemporaryDirectory() as folder, basis_cache("off"):
         path = _save(adapt(build_base(small, torch.float32, "cpu", setting.seed), "SVF"), folder)
         names = list(load_file(path))
-        by_layer = {module: rank for module, rank in zip(_PROJECTIONS, ranks, strict=True)}
-        tensors = {name: torch.zeros(by_layer[name.split(".svf_offset")[0].rpartition(".")[2]]) for name in names}
+        rank_of = dict(zip(LINEAR_LAYERS, ranks, strict=True))
+        tensors = {name: torch.zeros(rank_of[name.split(".svf_offset")[0].rpartition(".")[2]]) for name in names}
         save_file(tensors, path, metadata={"format": "pt"})
         overhead, matrices = _overhead(path)
         size = path.stat().st_size / 1e3
     yield _overhead_row("Llama-3.1-8B", overhead, matrices, f"the whole file: {size:.0f} KB")
-
-
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def _save(model: PeftModel, folder: str) -> Path:

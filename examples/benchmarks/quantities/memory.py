@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import torch
 from models import LAYERS_OF_8B, METHODS, SHAPES, adapt, adapted_linears, add_experts, basis_cache
-from quantities.setting import Setting
 from released_code import ReleasedCode
 from report import Row
 from timing import Spread
 from torch import nn
+
+from quantities.setting import Setting
 
 
 EXPERTS = 100
@@ -61,13 +62,13 @@ def _rows(
         {name: Spread.exact(value) for name, value in one.items()},
         goal,
     )
-    offsets = EXPERTS * further["SVF"]
+    basis, offsets = one["SVF"] - further["SVF"], EXPERTS * further["SVF"]
     yield Row(
         f"extra memory with {EXPERTS} experts, × of the adapted weights",
         setting,
         many,
         goal,
-        f"the basis stays as it is, {one['SVF'] - further['SVF']:.3f}; the {EXPERTS} float32 offsets are {offsets:.3f}",
+        f"the basis stays as it is, {basis:.3f}; the {EXPERTS} float32 offsets are {offsets:.3f}",
         note,
     )
 

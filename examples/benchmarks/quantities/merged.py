@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator
 
 import torch
 from models import adapt, basis_cache, random_tokens
-from quantities.setting import Setting
 from report import Row
-from timing import ratios, time_rounds
+from timing import ratios
 from torch import nn
+
+from quantities.setting import Setting
 
 
 GOAL = 1.02
 DECODED = 16  # tokens of one timed generation
-ROUNDS = 5  # times as many as elsewhere: the differences are small
+TIMES_MORE = 5  # rounds than elsewhere: the differences are small
 
 
 def measure(setting: Setting) -> Iterator[Row]:
@@ -37,8 +38,7 @@ def measure(setting: Setting) -> Iterator[Row]:
 
 
 def _row(setting: Setting, quantity: str, candidates: dict[str, Callable[[], object]]) -> Row:
-    rounds = setting.rounds if setting.slow else ROUNDS * setting.rounds
-    found = ratios(time_rounds(candidates, rounds, setting.device), "base")
+    found = ratios(setting.time(candidates, times_more=1 if setting.slow else TIMES_MORE), "base")
     why = "each merged layer still makes one more Python call than the base; merge_and_unload() returns the base model"
     return Row(quantity, str(setting), {name: found[name] for name in ("SVF", "LoRA r16")}, GOAL, why)
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 from models import adapt, add_experts, basis_cache, random_tokens
 from peft import PeftModel
-from quantities.setting import Setting
 from report import Row
-from timing import Spread, ratios, time_rounds
+from timing import Spread, ratios
+
+from quantities.setting import Setting
 
 
 GOAL = 1.10
@@ -46,7 +47,7 @@ def _with_experts(setting: Setting, method: str, names: list[str]) -> PeftModel:
 
 
 def _ratio(setting: Setting, single: Callable[[], object], mixed: Callable[[], object]) -> Spread:
-    return ratios(time_rounds({"single": single, "mixed": mixed}, setting.rounds, setting.device), "single")["mixed"]
+    return ratios(setting.time({"single": single, "mixed": mixed}), "single")["mixed"]
 
 
 def _forward(model: PeftModel, tokens: torch.Tensor, names: list[str] | None) -> Callable[[], object]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from models import Shape, build_base
+from timing import time_rounds
 from transformers import LlamaForCausalLM
 
 
@@ -23,6 +26,7 @@ class Setting:
     rounds: int
     seed: int
     quick: bool
+    clock: Callable[[], float]
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -35,6 +39,12 @@ class Setting:
 
     def build_base(self) -> LlamaForCausalLM:
         return build_base(self.shape, self.dtype, self.device, self.seed)
+
+    def time(
+        self, candidates: dict[str, Callable[[], Any]], times_more: int = 1, warm_up: bool = True
+    ) -> dict[str, list[float]]:
+        """Seconds of every candidate in every round (see [`time_rounds`])."""
+        return time_rounds(candidates, self.rounds * times_more, self.clock, warm_up)
 
     def tokens(self, cuda: tuple[int, int], cpu: tuple[int, int], slow: tuple[int, int]) -> tuple[int, int]:
         """(rows, length) of a timed batch: as large as the device bears."""

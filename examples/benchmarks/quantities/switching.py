@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from models import Shape, adapt, add_experts, basis_cache, build_base
 from peft import PeftModel
-from quantities.setting import Setting
 from report import Row
-from timing import Spread, time_rounds
+from timing import Spread
+
+from quantities.setting import Setting
 
 
 GOAL_MS = 2.0
@@ -23,7 +24,7 @@ def measure(setting: Setting) -> Iterator[Row]:
         names = [f"expert{number}" for number in range(experts)]
         models = {method: _with_experts(setting, method, names) for method in ("SVF", "LoRA r16")}
         switches = {method: (lambda model=model: _switch_twice(model)) for method, model in models.items()}
-        seconds = time_rounds(switches, 4 * setting.rounds, setting.device)
+        seconds = setting.time(switches, times_more=4)
         yield Row(
             f"set_adapter with {experts} experts loaded, ms",
             "203 adapted matrices",

@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from models import METHODS, adapt, basis_cache, random_tokens, training_step
 from peak_memory import peak_bytes
-from quantities.setting import Setting
 from released_code import ReleasedCode
 from report import Row
-from timing import Spread, ratios, time_rounds
+from timing import Spread, ratios
 from torch import nn
 from transformers import LlamaForCausalLM
+
+from quantities.setting import Setting
 
 
 TIME_GOAL, MEMORY_GOAL = 1.6, 1.15
@@ -33,7 +34,7 @@ def _time(setting: Setting) -> Row:
     tokens = random_tokens(rows, length, setting.device, setting.seed)
     base = setting.build_base()
     steps = {name: make_step(tokens) for name, (_, make_step) in _trainable(base).items()}
-    found = ratios(time_rounds(steps, setting.rounds, setting.device), REFERENCE)
+    found = ratios(setting.time(steps), REFERENCE)
     return Row(
         f"training step, {rows} × {length} tokens, time, × of LoRA r16",
         str(setting),
