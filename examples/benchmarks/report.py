@@ -1,4 +1,4 @@
-"""What the benchmark prints: rows with a goal and a verdict, as Markdown tables or JSON, and the machine they are from."""
+"""What the benchmark prints: rows with a goal and a verdict, as Markdown tables or JSON, and the hardware behind them."""
 
 from __future__ import annotations
 

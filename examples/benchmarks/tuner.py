@@ -30,9 +30,8 @@ LAYERS_ON_CUDA = 8  # of llama-8b: seven adapted copies must fit into the memory
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--shapes", default="llama-1024,llama-2048", help=f"of {', '.join(SHAPES)} (default: %(default)s)"
-    )
+    shapes = ", ".join(SHAPES)
+    parser.add_argument("--shapes", default="llama-1024,llama-2048", help=f"of {shapes} (default: %(default)s)")
     parser.add_argument("--dtype", default="float32,bfloat16", help="(default: %(default)s)")
     parts = [*QUANTITIES, *SINGLE_QUANTITIES]
     parser.add_argument("--parts", default=",".join(parts), help="(default: %(default)s)")

@@ -54,6 +54,7 @@ class SVFLayer(BaseTunerLayer):
     svf_basis: torch.Tensor
     svf_singular_values: torch.Tensor
     svf_unmerged_weight: torch.Tensor | None
+    stack: tuple[int, ...] = ()  # (experts,) if the layer adapts a stack of matrices
 
     def __init__(self, base_layer: nn.Module, name: str = "", **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -64,7 +65,7 @@ class SVFLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.out_features, self.in_features = self.matrix_shape()
         self.components = min(self.in_features, self.out_features)  # r
         self.svf_side: Side = "input" if self.in_features <= self.out_features else "output"
         self.svf_offset = nn.ModuleDict()
@@ -77,11 +78,16 @@ class SVFLayer(BaseTunerLayer):
         self.register_buffer("svf_unmerged_weight", None, persistent=False)
         self.svf_unmerged_layer: UnmergedLayer | None = None  # the same for a quantized base layer
 
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        return out_features, in_features
+
     def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
         """Add the offsets of a new adapter; the basis is shared with the adapters that are there."""
         rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), self.svf_name), config.rank)
         kind = SVFLogit if config.parametrization == "sigmoid" else SVFOffset
-        offset = kind(self.components if rank is None else min(rank, self.components))
+        offset = kind(*self.stack, self.components if rank is None else min(rank, self.components))
         offset.initialize(config.init_weights)
         self.svf_offset[adapter_name] = offset
         self.svf_strength[adapter_name] = 1.0
@@ -90,8 +96,8 @@ class SVFLayer(BaseTunerLayer):
 
     def needs_basis(self) -> bool:
         """Whether an adapter wants more columns of the basis than the layer has."""
-        columns = -1 if self.svf_basis is None else self.svf_basis.shape[1]
-        return any(offset.weight.shape[0] > columns for offset in self.svf_offset.values())
+        columns = -1 if self.svf_basis is None else self.svf_basis.shape[-1]
+        return any(offset.shape[-1] > columns for offset in self.svf_offset.parameters())
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the offsets of an adapter, and the room for its basis if that was not loaded yet."""
@@ -115,8 +121,8 @@ class SVFLayer(BaseTunerLayer):
 
     def set_basis(self, basis: SingularBasis, sketch: list[float]) -> None:
         """Take over the singular basis of the weight, of which only the columns in use are kept, and its sketch."""
-        columns = max(offset.weight.shape[0] for offset in self.svf_offset.values())
-        vectors = basis.vectors if columns == basis.vectors.shape[1] else basis.vectors[:, :columns].contiguous()
+        columns = max(offset.shape[-1] for offset in self.svf_offset.parameters())
+        vectors = basis.vectors if columns == basis.vectors.shape[-1] else basis.vectors[..., :columns].contiguous()
         device = self.base_device()
         self.svf_basis = vectors.to(device)
         dtype = torch.promote_types(vectors.dtype, torch.float32)

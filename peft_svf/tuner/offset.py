@@ -12,15 +12,15 @@ SPREAD_LOGIT_STD = 0.2  # of `init_weights=False`; the offsets then have a stand
 
 
 class SVFOffset(nn.Module):
-    """The offsets z − 1: the trained parameter itself, shape (k,), float32.
+    """The offsets z − 1: the trained parameter itself, shape (k,), or (experts, k) for a stack of matrices, float32.
 
     A module of its own, because FSDP wraps leaf modules that own a trainable `.weight`, and because TRL finds the
     parameters of an adapter by `.<adapter>.` inside their names.
     """
 
-    def __init__(self, components: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(components, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
 
     def initialize(self, init_weights: bool) -> None:
         """Leave the base model as it is (`True`), or draw random offsets (`False`)."""
@@ -42,7 +42,8 @@ class SVFLogit(SVFOffset):
         nn.init.normal_(self.weight, mean=LOGIT_MEAN, std=LOGIT_STD if init_weights else SPREAD_LOGIT_STD)
 
     def forward(self, singular_values: torch.Tensor) -> torch.Tensor:
-        """The offset z − 1, shape (k,), from all singular values, shape (r,)."""
+        """The offset z − 1, shape (…, k), from all singular values, shape (…, r)."""
         scale = torch.sigmoid(self.weight)
-        singular_values = singular_values[: len(scale)].to(scale.dtype)
-        return scale * (singular_values.sum() / (singular_values * scale).sum()) - 1
+        singular_values = singular_values[..., : scale.shape[-1]].to(scale.dtype)
+        norm, scaled_norm = singular_values.sum(-1, keepdim=True), (singular_values * scale).sum(-1, keepdim=True)
+        return scale * (norm / scaled_norm) - 1

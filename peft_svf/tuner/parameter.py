@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from peft_svf.spectrum import SingularBasis, weight_sketch
@@ -23,7 +22,6 @@ from peft_svf.spectrum.fingerprint import _signs
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.module_checks import ModuleChecks, is_linear
-from peft_svf.tuner.offset import SVFLogit, SVFOffset
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -58,10 +56,8 @@ class ParamWrapper(nn.Module, SVFLayer):
     ) -> None:
         super().__init__()
         self.parameter_name = parameter_name
-        *stack, rows, columns = getattr(innermost(base_layer), parameter_name).shape
-        self.stack = torch.Size(stack)  # (experts,), or () for a single matrix
-        SVFLayer.__init__(self, nn.Linear(columns, rows, bias=False, device="meta"), name)  # one matrix of the stack
-        self.base_layer = base_layer
+        self.stack = getattr(innermost(base_layer), parameter_name).shape[:-2]
+        SVFLayer.__init__(self, base_layer, name)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -69,20 +65,10 @@ class ParamWrapper(nn.Module, SVFLayer):
         """The parameter as it is in its module: that of the base model, or the merged one."""
         return getattr(innermost(self), self.parameter_name)
 
-    def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
-        """Add the offsets of a new adapter, shape (experts, k); the bases are shared with the adapters before it."""
-        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), self.svf_name), config.rank)
-        columns = self.components if rank is None else min(rank, self.components)
-        offset = StackedLogit(columns) if config.parametrization == "sigmoid" else SVFOffset(columns)
-        offset.weight = nn.Parameter(offset.weight.new_zeros(*self.stack, columns))
-        offset.initialize(config.init_weights)
-        self.svf_offset[adapter_name] = offset
-        self.svf_strength[adapter_name] = 1.0
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        SVFLayer.set_adapter(self, self.active_adapters, inference_mode=config.inference_mode)
-
-    def needs_basis(self) -> bool:
-        return self.svf_basis is None or self._columns_in_use() > self.svf_basis.shape[-1]
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, columns) of one matrix of the stack."""
+        rows, columns = self.get_param().shape[-2:]
+        return rows, columns
 
     def compute_basis(self, weight: torch.Tensor, find: Callable[[torch.Tensor], Found]) -> None:
         """Take over the basis and the sketch that `find` returns for each matrix of `weight`, one after the other.
@@ -93,30 +79,18 @@ class ParamWrapper(nn.Module, SVFLayer):
         if not self.stack:
             self.set_basis(*find(weight))
             return
+        columns = max(offset.shape[-1] for offset in self.svf_offset.parameters())
         vectors, singular_values, sketches = [], [], []
         for index, matrix in enumerate(weight):
             try:
                 basis, sketch = find(matrix)
             except ValueError as error:
                 raise ValueError(f"in expert {index} of {len(weight)}, {error}") from error
-            vectors.append(basis.vectors[:, : self._columns_in_use()].clone())  # lets go of the columns not in use
+            vectors.append(basis.vectors[:, :columns].clone())  # lets go of the columns not in use
             singular_values.append(basis.singular_values)
             sketches.append(sketch)
         stacked = SingularBasis(self.svf_side, torch.stack(vectors), torch.stack(singular_values))
         self.set_basis(stacked, sketch_of_stack(sketches))
-
-    def set_basis(self, basis: SingularBasis, sketch: list[float]) -> None:
-        """Take over Q, shape (experts, r, k or more), the singular values, shape (experts, r), and the fingerprint."""
-        columns = self._columns_in_use()
-        device = self.base_device()
-        vectors = basis.vectors if columns == basis.vectors.shape[-1] else basis.vectors[..., :columns].contiguous()
-        self.svf_basis = vectors.to(device)
-        dtype = torch.promote_types(vectors.dtype, torch.float32)
-        self.svf_singular_values = basis.singular_values.to(device, dtype)
-        self.svf_sketch = sketch
-
-    def _columns_in_use(self) -> int:
-        return max((offset.shape[-1] for offset in self.svf_offset.parameters()), default=0)
 
     def to_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
@@ -194,17 +168,6 @@ class ParamWrapper(nn.Module, SVFLayer):
 
     def extra_repr(self) -> str:
         return f"parameter_name='{self.parameter_name}'"
-
-
-class StackedLogit(SVFLogit):
-    """[`SVFLogit`] for a stack of matrices, shape (experts, k): keeps the nuclear norm of each."""
-
-    def forward(self, singular_values: torch.Tensor) -> torch.Tensor:
-        """The offsets z − 1, shape (experts, k), from all singular values, shape (experts, r)."""
-        scale = torch.sigmoid(self.weight)
-        singular_values = singular_values[..., : scale.shape[-1]].to(scale.dtype)
-        norm, scaled_norm = singular_values.sum(-1, keepdim=True), (singular_values * scale).sum(-1, keepdim=True)
-        return scale * (norm / scaled_norm) - 1
 
 
 def why_not_parameter(checks: ModuleChecks, name: str, target: nn.Module, parent: nn.Module) -> str | None:
