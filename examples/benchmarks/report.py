@@ -1,4 +1,4 @@
-"""What the benchmark prints: rows with a goal and a verdict, as Markdown tables or JSON, and the hardware behind them."""
+"""What the benchmark prints: rows with goals and verdicts, as Markdown tables or JSON, and the hardware used."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Report:
 def _table(rows: Iterable[Row]) -> list[str]:
     lines = [_line(["quantity", "goal", *COLUMNS, "verdict"]), _line(["---"] * (len(COLUMNS) + 3))]
     for row in rows:
-        goal = "" if row.at_most is None else f"≤ {row.at_most:g}"
+        goal = "" if row.at_most is None else f"≤ {row.at_most:.3g}"
         values = [str(row.values[name]) if name in row.values else "–" for name in COLUMNS]
         lines.append(_line([row.quantity, goal, *values, row.verdict()]))
     return lines
@@ -88,12 +88,13 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def describe_environment(device: str) -> dict[str, str]:
-    """Hardware, threads, versions and date."""
+def describe_environment(device: str, processor_time: bool) -> dict[str, str]:
+    """Hardware, threads, clock, versions and date."""
     hardware = torch.cuda.get_device_name() if device == "cuda" else _processor()
     packages = {name: _version(name) for name in ("torch", "peft", "transformers", "peft-svf")}
     threads = {} if device == "cuda" else {"threads": str(torch.get_num_threads())}
-    return {"on": hardware, **threads, **packages, "date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
+    clock = {"clock": "processor time"} if processor_time else {}
+    return {"on": hardware, **threads, **clock, **packages, "date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
 
 
 def _processor() -> str:

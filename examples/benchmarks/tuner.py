@@ -83,7 +83,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # other methods warn about their own settings
     logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
-    report = Report(describe_environment(arguments.device))
+    report = Report(describe_environment(arguments.device, arguments.processor_time))
     for row in measure(arguments):
         print(f"{row.setting} | {row.quantity} | SVF {row.values.get('SVF')} | {row.verdict()}", flush=True)
         report.rows.append(row)

@@ -31,7 +31,8 @@ from peft_svf.experts.files import make_readable, replaced_folder
 from peft_svf.spectrum import sketch_distance, weight_sketch
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.layer import SVFLayer
-from peft_svf.tuner.model import PEFT_PREFIX, _name_in_base, adapted_layers
+from peft_svf.tuner.model import adapted_layers
+from peft_svf.tuner.names import PEFT_PREFIX, name_in_base
 
 
 SAME_WEIGHT = 1e-6  # relative difference up to which a basis counts as that of the weight
@@ -138,7 +139,7 @@ def _find_expert(model: nn.Module, adapter_name: str) -> tuple[SVFConfig, dict[s
             f"the fused expert parameters that '{adapter_name}' adapts ({', '.join(fused)}) cannot be converted to "
             "LoRA; merge the adapter, or train one without `target_parameters`"
         )
-    return config, {_name_in_base(name): layer for name, layer in layers.items()}
+    return config, {name_in_base(name): layer for name, layer in layers.items()}
 
 
 def _check_rank(rank: int | float, layers: dict[str, SVFLayer]) -> None:
@@ -248,7 +249,7 @@ def _lora_config(
 def _target_modules(model: nn.Module, layers: dict[str, SVFLayer]) -> list[str]:
     """Short names such as "q_proj" where they mean the adapted modules and no others; full names otherwise."""
     endings = {name.rpartition(".")[2] for name in layers}
-    named = {_name_in_base(name) for name, _ in model.named_modules()}
+    named = {name_in_base(name) for name, _ in model.named_modules()}
     others = any(name.rpartition(".")[2] in endings for name in named - layers.keys())
     return sorted(layers) if others else sorted(endings)
 

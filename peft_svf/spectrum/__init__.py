@@ -2,7 +2,7 @@
 
 from peft_svf.spectrum.basis import Side, SingularBasis, singular_basis, weight_change
 from peft_svf.spectrum.cache import cached_singular_basis
-from peft_svf.spectrum.fingerprint import sketch_distance, weight_sketch
+from peft_svf.spectrum.fingerprint import sketch_distance, sketch_of_stack, weight_sketch
 
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "cached_singular_basis",
     "singular_basis",
     "sketch_distance",
+    "sketch_of_stack",
     "weight_change",
     "weight_sketch",
 ]

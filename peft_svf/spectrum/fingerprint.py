@@ -42,6 +42,18 @@ def weight_sketch(weight: torch.Tensor) -> list[float]:
     return [float(rows), float(columns), float(torch.linalg.norm(matrix)), *projections.tolist()]
 
 
+def sketch_of_stack(sketches: Sequence[Sequence[float]]) -> list[float]:
+    """The sketch of a stack from those of its matrices: seven numbers, as for one matrix of all their rows.
+
+    The sum of sᵀ W t over the matrices, with a random sign for each, is such a projection of the whole stack.
+    """
+    rows, columns = sketches[0][:2]
+    norm = math.sqrt(sum(sketch[2] ** 2 for sketch in sketches))
+    projections = torch.tensor([list(sketch[3:]) for sketch in sketches], dtype=torch.float64)  # (experts, 4)
+    signs = _signs("stack", len(sketches))
+    return [rows * len(sketches), columns, norm, *(projections * signs).sum(0).tolist()]
+
+
 def sketch_distance(sketch: Sequence[float], other: Sequence[float]) -> float:
     """Estimate ‖W₁ − W₂‖_F relative to the larger of ‖W₁‖_F and ‖W₂‖_F from the sketches of two weights.
 
@@ -51,12 +63,11 @@ def sketch_distance(sketch: Sequence[float], other: Sequence[float]) -> float:
     """
     if len(sketch) != len(other) or list(sketch[:2]) != list(other[:2]):
         return math.inf
-    values = torch.tensor([sketch[2:], other[2:]], dtype=torch.float64)
-    if not torch.isfinite(values).all():
+    if not all(map(math.isfinite, (*sketch, *other))):
         return math.inf
-    scale = float(values[:, 0].max())
-    difference = (values[0] - values[1]).abs()
-    estimate = max(float(difference[0]), math.sqrt(float(difference[1:].square().mean())))
+    norms, *projections = (abs(a - b) for a, b in zip(sketch[2:], other[2:], strict=True))
+    estimate = max(norms, math.sqrt(sum(difference**2 for difference in projections) / len(projections)))
+    scale = max(sketch[2], other[2])
     return estimate / scale if scale > 0 else 0.0
 
 

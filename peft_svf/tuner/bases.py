@@ -10,12 +10,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from peft_svf.spectrum import SingularBasis, cached_singular_basis, sketch_distance, weight_sketch
+from peft_svf.spectrum import SingularBasis, cached_singular_basis, sketch_distance, sketch_of_stack, weight_sketch
 from peft_svf.tuner.base_check import OTHER_QUANTIZATION, OTHER_ROUNDING
 from peft_svf.tuner.checkpoint_weights import CheckpointWeights
 from peft_svf.tuner.distributed import gathered, share_basis
 from peft_svf.tuner.layer import SVFLayer
-from peft_svf.tuner.parameter import ParamWrapper, sketch_of_stack
+from peft_svf.tuner.parameter import ParamWrapper
 
 
 SECONDS_WITHOUT_PROGRESS_BAR = 2.0
@@ -137,8 +137,7 @@ class SavedBasis(nn.Module):
     def __init__(self, layer: SVFLayer, adapter_name: str, sketch: list[float]) -> None:
         super().__init__()
         shape = _needed_shape(layer, [adapter_name])
-        # transformers' loader converts to these dtypes.
-        dtype = _basis_dtype(next((p.dtype for p in layer.get_base_layer().parameters()), torch.float32))
+        dtype = _basis_dtype(_weight_dtype(layer))  # transformers' loader converts to it
         nan = torch.full((), torch.nan, dtype=dtype, device=layer.base_device())  # expanded, it takes no memory
         self.register_buffer("vectors", nan.expand(shape))
         self.register_buffer("singular_values", nan.to(torch.promote_types(dtype, torch.float32)).expand(shape[:-1]))
@@ -266,6 +265,14 @@ def _needed_shape(layer: SVFLayer, adapter_names: Iterable[str]) -> tuple[int, .
     """(r, k) of the basis that some adapters of a layer need, with one more axis in front for a stack of matrices."""
     shapes = [layer.svf_offset[name].get_parameter("weight").shape for name in adapter_names]
     return (*shapes[0][:-1], layer.components, max(shape[-1] for shape in shapes))
+
+
+def _weight_dtype(layer: SVFLayer) -> torch.dtype:
+    """The dtype of the base weight, dequantized if that tells it; the format of a quantized one does not."""
+    weight = next(layer.get_base_layer().parameters(), None)
+    if weight is None or layer.quantization_backend is not None:
+        return getattr(getattr(weight, "quant_state", None), "dtype", torch.float32)  # bitsandbytes, 4 bits
+    return weight.dtype
 
 
 def _basis_dtype(weight_dtype: torch.dtype) -> torch.dtype:

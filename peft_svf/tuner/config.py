@@ -35,7 +35,7 @@ class SVFConfig(PeftConfig):
         target_parameters (`list[str]`, *optional*):
             Parameters to adapt that are not the weight of a linear layer: the fused experts of a mixture-of-experts
             model, for instance `["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]`. Every expert has its own
-            singular values.
+            singular values. They come on top of `target_modules`; with `target_modules=None`, only they are adapted.
         rank (`int`, *optional*):
             Adapt only this many leading singular values of every weight; all of them if not given. Weights with fewer
             are adapted in full.

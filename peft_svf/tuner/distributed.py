@@ -32,6 +32,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import distributed, nn
 from transformers.modeling_utils import is_fsdp_enabled  # type: ignore[attr-defined]
 
+from peft_svf.tuner.names import name_in_state_dict
+
 
 if TYPE_CHECKING:
     from peft_svf.tuner.layer import SVFLayer
@@ -42,8 +44,6 @@ WRAPPERS = [
     f"{compiled}{wrapper}" for compiled in ("", "_orig_mod.") for wrapper in ("", "model.", "base_model.model.")
 ]
 TENSOR_PARALLEL = "split by tensor parallelism"
-# What FSDP1 and activation checkpointing put into the names of modules, but not into those of a state dict.
-HIDDEN_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def keep_bases_out_of_ddp(model: nn.Module) -> None:
@@ -56,13 +56,6 @@ def keep_bases_out_of_ddp(model: nn.Module) -> None:
     ignored = {wrapper + buffer for wrapper in WRAPPERS for buffer in buffers}
     ignored.update(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
-
-
-def name_in_state_dict(module_name: str) -> str:
-    """The name of a module as the keys of a state dict have it."""
-    for wrapper in HIDDEN_WRAPPERS:
-        module_name = module_name.replace(wrapper, "")
-    return module_name
 
 
 def keys_behind_wrappers(model: nn.Module, adapter_name: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ from transformers.utils.hub import cached_file
 from peft_svf.tuner.base_check import check_base_model
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.layer import SVFLayer
-from peft_svf.tuner.model import PEFT_PREFIX, _name_in_base
+from peft_svf.tuner.names import PEFT_PREFIX, name_in_base
 from peft_svf.tuner.parameter import adapted_name
 
 
@@ -106,11 +106,11 @@ def _find_live(model: nn.Module, adapter_name: str) -> _Live:
         )
     live = _Live(config, {}, {})
     for name, module in model.named_modules():
-        prefix = PEFT_PREFIX + _name_in_base(name)
+        prefix = PEFT_PREFIX + name_in_base(name)
         if isinstance(module, SVFLayer) and adapter_name in module.svf_offset:
             _refuse_merged(module, adapter_name)
             live.tensors[prefix + OFFSET_SUFFIX] = module.svf_offset[adapter_name].get_parameter("weight")
-            live.layers[prefix + OFFSET_SUFFIX] = _name_in_base(adapted_name(name, module))
+            live.layers[prefix + OFFSET_SUFFIX] = name_in_base(adapted_name(name, module))
         elif isinstance(module, AuxiliaryTrainingWrapper):
             parts = module.state_dict()
             for saved, key in module.adapter_state_dict_load_map(adapter_name).items():

@@ -312,23 +312,37 @@ def stack_offsets(offsets: list[torch.Tensor]) -> torch.Tensor:
 def dequantized_weight(layer: nn.Module, backend: QuantizationBackend) -> torch.Tensor:
     """The weight of a quantized linear layer, shape (out, in), in the dtype it was quantized from.
 
-    On CPUs with AVX512-BF16, bitsandbytes packs a 4-bit weight for its inference kernel at the first forward in eval
-    mode, in place, and rounds its scales to bfloat16. `dequantize_4bit` then returns garbage, and so does its own way
-    back unless the scales are quantized too. Here the codes are unpacked and the rounded scales are used: that is the
-    weight that the layer computes with.
-
     Raises:
         TypeError: The format cannot be dequantized (GPTQ, AWQ and the like).
         NotImplementedError: The same from torchao.
+        ValueError: bitsandbytes has not quantized the weight yet.
     """
-    packed: Any = getattr(getattr(layer, "weight", None), "quant_state", None)
-    if not getattr(packed, "packing_format_for_cpu", False):
-        return backend.get_base_weight(layer)
+    weight: Any = getattr(layer, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if backend.backend_name == "bnb 8bit" and weight.has_fp16_weights:
+        return weight.data  # quantized anew at every forward
+    if (backend.backend_name == "bnb 8bit" and weight.dtype != torch.int8) or (
+        backend.backend_name == "bnb 4bit" and state is None
+    ):
+        raise ValueError("its weight is not quantized yet; move the model to its device first: `model.to(device)`")
+    if getattr(state, "packing_format_for_cpu", False):
+        return _dequantized_packed_weight(weight.data, state)
+    return backend.get_base_weight(layer)
+
+
+def _dequantized_packed_weight(data: torch.Tensor, packed: Any) -> torch.Tensor:
+    """The same for a 4-bit weight that bitsandbytes has packed.
+
+    On CPUs with AVX512-BF16 it packs weights for its inference kernel at the first forward in eval mode, in place, and
+    rounds their scales to bfloat16. `dequantize_4bit` then returns garbage, and so does bitsandbytes' own way back
+    unless the scales are quantized too. Here the codes are unpacked and the rounded scales are used: that is the weight
+    that the layer computes with.
+    """
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
 
     state = copy.copy(packed)
     state.original_nested = False  # or the scales would be quantized again
-    codes, state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+    codes, state = _convert_weight_packed_for_cpu_inverse(data, state)
     state.absmax = packed.absmax.T.reshape(-1).to(torch.float32)  # one for each block of the weight, row by row
     return dequantize_4bit(codes, state)
 

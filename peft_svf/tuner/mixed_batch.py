@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import GenerationConfig
 
 from peft_svf.tuner.layer import SVFLayer, stack_offsets
 
@@ -96,15 +97,18 @@ def pass_mixed_batch(
     """Forward pre-hook of the layers that act on single rows: SVF layers, and modules that PEFT trains in full."""
     if isinstance(module, AuxiliaryTrainingWrapper):  # takes plain names and does not repeat them itself
         names = batch.repeat_names(len(args[0])) if args else batch.adapter_names
+        # For PEFT a name without a copy of this module is an error; it means the module of the base model.
+        names = [name if name in module._adapters else BASE_MODEL for name in names]
         return args, {**kwargs, "adapter_names": names}
     return args, {**kwargs, "adapter_names": batch}
 
 
-def generation_expansion(model: nn.Module, kwargs: dict[str, Any]) -> int:
-    """How many rows `model.generate(**kwargs)` makes of one: the larger of beams and returned sequences."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+def generation_expansion(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many rows `model.generate(*args, **kwargs)` makes of one: the larger of beams and returned sequences."""
+    given = kwargs.get("generation_config") or next((arg for arg in args if isinstance(arg, GenerationConfig)), None)
+    places = (given, getattr(model, "generation_config", None))  # what the first leaves open, the second fills in
 
     def setting(name: str) -> int:
-        return kwargs.get(name) or getattr(config, name, None) or 1
+        return next(filter(None, (kwargs.get(name), *(getattr(place, name, None) for place in places))), 1)
 
     return max(setting("num_beams"), setting("num_return_sequences"))

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, delete_adapter
 from peft.utils import AuxiliaryTrainingWrapper, _get_submodules, get_quantization_kwargs
 from torch import nn
 
@@ -22,7 +22,6 @@ from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.distributed import (
     keep_bases_out_of_ddp,
     keys_behind_wrappers,
-    name_in_state_dict,
     refuse_merging_into_shards,
     refuse_sharded_model,
     run_where_weights_are,
@@ -31,11 +30,9 @@ from peft_svf.tuner.layer import Linear, SVFLayer
 from peft_svf.tuner.mixed_batch import BASE_MODEL, MixedBatch, generation_expansion, pass_mixed_batch
 from peft_svf.tuner.mixture import check_mixture, mix_offsets
 from peft_svf.tuner.module_checks import ModuleChecks
+from peft_svf.tuner.names import name_in_base
 from peft_svf.tuner.parameter import ParamWrapper, adapted_name, check_nesting, no_mixed_batches, why_not_parameter
 from peft_svf.tuner.rollback import Rollback
-
-
-PEFT_PREFIX = "base_model.model."  # of names in a PeftModel and in every checkpoint
 
 
 class SVFModel(BaseTuner):
@@ -77,10 +74,11 @@ class SVFModel(BaseTuner):
         targets_before = list(self.targeted_module_names), list(self.targeted_parameter_names)
         self._checks, self._refused = ModuleChecks(model), dict[str, str]()
         try:
-            _check_adapter_name(adapter_name)
+            _check_adapter_name(model, adapter_name)
             refuse_sharded_model(model, config.target_parameters)
             if config.compares_base:
                 run_where_weights_are(partial(check_base_model, model, config))
+            _resolve_all_linear(config, model)
             with _no_false_warning(config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._raise_if_refused()
@@ -191,7 +189,7 @@ class SVFModel(BaseTuner):
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         layers = adapted_layers(model, adapter_name)
-        config.base_fingerprint = collect_fingerprint({_name_in_base(name): layer for name, layer in layers.items()})
+        config.base_fingerprint = collect_fingerprint({name_in_base(name): layer for name, layer in layers.items()})
         config.basis_source = config.basis_source or common_source(layers)
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
         hidden_keys = keys_behind_wrappers(model, adapter_name).values()
@@ -204,13 +202,15 @@ class SVFModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         hidden_keys = keys_behind_wrappers(model, adapter_name)
         state_dict = {hidden_keys.get(key, key): tensor for key, tensor in state_dict.items()}
-        bases = {_name_in_base(key): state_dict.pop(key) for key in list(state_dict) if ".svf_saved_basis." in key}
+        bases = {name_in_base(key): state_dict.pop(key) for key in list(state_dict) if ".svf_saved_basis." in key}
         try:
-            import_bases({_name_in_base(n): m for n, m in model.named_modules()}, adapter_name, bases)
+            import_bases({name_in_base(n): m for n, m in model.named_modules()}, adapter_name, bases)
         except ValueError:
             _take_out(model, adapter_name)
             raise
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        _complete_offsets(model, adapter_name, state_dict)
+        return state_dict
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -220,7 +220,7 @@ class SVFModel(BaseTuner):
             yield
             return
         self._check_adapter_names(adapter_names)
-        batch = MixedBatch(list(adapter_names), generation_expansion(self.model, kwargs))
+        batch = MixedBatch(list(adapter_names), generation_expansion(self.model, args, kwargs))
         handles = [
             module.register_forward_pre_hook(partial(pass_mixed_batch, batch=batch), with_kwargs=True)
             for module in self.modules()
@@ -335,11 +335,37 @@ def _take_out(model: nn.Module, adapter_name: str) -> None:
     peft_config.pop(adapter_name, None)
 
 
-def _name_in_base(name: str) -> str:
-    """A module's name as seen from the base model, without the wrappers of PEFT and torch."""
-    for wrapper in (PEFT_PREFIX, "_orig_mod."):
-        name = name.replace(wrapper, "")
-    return name_in_state_dict(name)
+def _resolve_all_linear(config: SVFConfig, model: nn.Module) -> None:
+    """As PEFT does it, but without the modules that another adapter saves in full: PEFT takes their copies for layers
+    of the model, and the new adapter would then fit no other model."""
+    if config.target_modules == "all-linear":
+        _maybe_include_all_linear_layers(config, model)
+        copied = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
+        config.target_modules = {name for name in config.target_modules if not name.startswith(copied)}
+
+
+def _complete_offsets(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """See to it that loading `state_dict` leaves nothing of the offsets that the adapter has now.
+
+    Raises:
+        ValueError: Offsets of another length. Nothing is changed yet; `load_state_dict` would copy the others first.
+    """
+    ending = f".svf_offset.{adapter_name}.weight"
+    here = {key: value for key, value in model.state_dict().items() if key.endswith(ending)}
+    for key, value in here.items():
+        found = state_dict.get(key)
+        if found is not None and found.shape != value.shape:
+            raise ValueError(
+                f"the checkpoint has {found.numel()} offsets for '{name_in_base(key.removesuffix(ending))}', the "
+                f"adapter '{adapter_name}' has {value.numel()}; load it under another name"
+            )
+    missing = [key for key in here if key not in state_dict]
+    state_dict.update({key: torch.zeros(here[key].shape, dtype=here[key].dtype) for key in missing})
+    if missing:
+        warnings.warn(
+            f"the checkpoint has no offsets for {len(missing)} of the modules that the adapter '{adapter_name}' "
+            f"adapts, for instance '{name_in_base(missing[0].removesuffix(ending))}'; they work as in the base model"
+        )
 
 
 def _matches_by_ending(config: SVFConfig, name: str) -> Any:
@@ -358,7 +384,17 @@ def _no_false_warning(config: SVFConfig) -> Iterator[None]:
         yield
 
 
-def _check_adapter_name(adapter_name: str) -> None:
+def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     # Offsets are kept in a ModuleDict, whose keys are attribute names.
     if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(f"an adapter cannot be named '{adapter_name}': choose a name without '.', like 'math'")
+    # PEFT takes every key with `.<name>.` in it for the adapter's, and would not save it with the others.
+    if adapter_name in _module_name_parts(model):
+        raise ValueError(f"an adapter cannot be named '{adapter_name}', as a module of the model is; choose another")
+
+
+def _module_name_parts(model: nn.Module) -> set[str]:
+    """What stands between the dots in the names of the modules that are not those of adapters."""
+    names = dict(model.named_modules())
+    wrappers = tuple(f"{n}." for n, m in names.items() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
+    return {"model"}.union(*(name.split(".") for name in names if not name.startswith(wrappers)))

@@ -9,7 +9,6 @@ matrix, the module that owns the parameter runs with
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -17,8 +16,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_svf.spectrum import SingularBasis, weight_sketch
-from peft_svf.spectrum.fingerprint import _signs
+from peft_svf.spectrum import SingularBasis, sketch_of_stack, weight_sketch
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.module_checks import ModuleChecks, is_linear
@@ -247,15 +245,3 @@ def sketch_parameter(module: nn.Module, parameter_name: str) -> list[float] | No
     if parameter is None or parameter.is_meta or parameter.dtype not in DTYPES or parameter.dim() not in (2, 3):
         return None
     return weight_sketch(parameter) if parameter.dim() == 2 else sketch_of_stack([weight_sketch(m) for m in parameter])
-
-
-def sketch_of_stack(sketches: list[list[float]]) -> list[float]:
-    """The sketch of a stack from those of its matrices: seven numbers, as for one matrix of all their rows.
-
-    The sum of sᵀ W t over the matrices, with a random sign for each, is such a projection of the whole stack.
-    """
-    rows, columns = sketches[0][:2]
-    norm = math.sqrt(sum(sketch[2] ** 2 for sketch in sketches))
-    projections = torch.tensor([sketch[3:] for sketch in sketches], dtype=torch.float64)  # (experts, PROJECTIONS)
-    signs = _signs("stack", len(sketches))
-    return [rows * len(sketches), columns, norm, *(projections * signs).sum(0).tolist()]

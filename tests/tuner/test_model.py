@@ -287,7 +287,7 @@ def test_bad_configs_are_refused_at_once(settings: dict, message: str) -> None:
         SVFConfig(**settings)
 
 
-@pytest.mark.parametrize("name", ["a.b", "keys", "training", ""])
+@pytest.mark.parametrize("name", ["a.b", "keys", "training", "", "mlp", "model", "0"])
 def test_adapter_names_that_cannot_be_used(tiny_llama: Build, name: str) -> None:
     base = tiny_llama()
     with pytest.raises(ValueError, match="cannot be named"):

@@ -39,7 +39,7 @@ from bitsandbytes.functional import (  # noqa: E402
 # Sizes that bitsandbytes can pack for its CPU kernel: rows in blocks of 32, columns in blocks of 64.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 IDS = torch.randint(3, 97, (4, 12), generator=torch.Generator().manual_seed(0))
-EIGHT_BIT, FOUR_BIT = ["int8"], ["nf4", "nf4 double", "fp4", "fp4 double"]
+EIGHT_BIT, FOUR_BIT = ["int8"], ["nf4", "nf4 double", "nf4 in bfloat16", "fp4", "fp4 double"]
 KINDS = EIGHT_BIT + FOUR_BIT
 SOME_KINDS = ["int8", "nf4", "fp4 double"]  # where a whole model is built
 Build = Callable[..., LlamaForCausalLM]
@@ -50,8 +50,11 @@ def quantized_layer(linear: nn.Linear, kind: str) -> nn.Module:
     if kind == "int8":
         layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
     else:
-        quant_type, _, double = kind.partition(" ")
-        layer = bnb.nn.Linear4bit(*sizes, quant_type=quant_type, compress_statistics=bool(double))
+        quant_type, *flags = kind.split()
+        storage = torch.bfloat16 if "bfloat16" in flags else torch.uint8  # what FSDP needs to shard the weight
+        layer = bnb.nn.Linear4bit(
+            *sizes, quant_type=quant_type, compress_statistics="double" in flags, quant_storage=storage
+        )
     layer.weight.data, layer.bias = linear.weight.data.clone(), linear.bias
     return layer.to("cpu")  # quantizes
 
@@ -172,12 +175,13 @@ def test_gradients_are_those_of_the_formula(kind: str) -> None:
     assert difference(parameter.grad, offset.grad) < 1e-5
 
 
+@pytest.mark.parametrize("save_basis", [False, True])
 @pytest.mark.parametrize("load", ["PeftModel", "low_cpu_mem_usage", "transformers"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["int8", "nf4", "nf4 in bfloat16"])
 def test_a_saved_expert_loads_onto_the_quantized_base_with_equal_logits(
-    quantized: Callable[..., Any], tmp_path: Path, kind: str, load: str
+    quantized: Callable[..., Any], tmp_path: Path, kind: str, load: str, save_basis: bool
 ) -> None:
-    model = randomize(get_peft_model(quantized(kind), SVFConfig(task_type="CAUSAL_LM")))
+    model = randomize(get_peft_model(quantized(kind), SVFConfig(task_type="CAUSAL_LM", save_basis=save_basis)))
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     base = quantized(kind)
     with warnings.catch_warnings():
@@ -227,7 +231,7 @@ def test_a_trained_model_that_transformers_quantized_while_loading_it(
 # bitsandbytes: merging
 
 
-MERGE_ERROR = {"int8": 2e-2, "nf4": 0.15, "nf4 double": 0.15, "fp4": 0.2, "fp4 double": 0.2}
+MERGE_ERROR = {kind: {"int8": 2e-2, "nf4": 0.15, "fp4": 0.2}[kind.split()[0]] for kind in KINDS}
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
@@ -306,6 +310,30 @@ def test_a_merged_model_may_be_copied_moved_and_saved(
     for merged in (twin, model):  # independent of each other
         merged.unmerge_adapter()
         assert torch.equal(logits(merged), expected)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: bnb.nn.Linear4bit(64, 64),
+        lambda: bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False),
+    ],
+    ids=["4 bits", "8 bits"],
+)
+def test_a_weight_that_is_not_quantized_yet_is_refused(layer: Callable[[], nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"SVF cannot adapt '0': its weight is not quantized yet; move the model"):
+        get_peft_model(nn.Sequential(layer()), SVFConfig(target_modules=["0"]))
+
+
+def test_an_8_bit_layer_with_weights_of_16_bits_has_their_basis() -> None:
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=True)
+    expected = layer.weight.detach().clone()
+    model = randomize(get_peft_model(nn.Sequential(layer.to("cpu")), SVFConfig(target_modules=["0"])), std=0.5)
+    offset = adapted(model)["base_model.model.0"].svf_offset["default"].weight.detach()
+    x = torch.randn(16, 64)
+    with torch.no_grad():
+        assert difference(model(x), x.double() @ changed_weight(expected, offset).T + layer.bias.double()) < 2e-2
 
 
 def test_a_broken_adapter_is_not_merged(quantized: Callable[..., Any]) -> None:

@@ -184,7 +184,7 @@ class _Substitution:
     def _find_cases(self, metafunc: pytest.Metafunc, names: str, upstream: Any) -> list[Any] | None:
         module = _module_name(metafunc)
         for variable, cases in SHARED_LISTS.get(module, {}).items():
-            if getattr(metafunc.module, variable) is upstream:
+            if getattr(metafunc.module, variable, None) is upstream:
                 self.used.add((module, variable))
                 return cases
         for test, arguments, cases in INLINE_LISTS.get(module, []):

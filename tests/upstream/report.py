@@ -59,7 +59,7 @@ class Report:
         lines += ["", "Skipped, and why", *_table(["tests", "reason"], _by_count(self.reasons))]
         lines += ["", "Changed around the tests", *_table(["where", "what"], [list(row) for row in self.changes])]
         if self.failures:
-            lines += ["", "Failed, and why", *_table(["test", "error"], [list(row) for row in self.failures.items()])]
+            lines += ["", "Failed, and why", *(f"{test}\n    {error}" for test, error in self.failures.items())]
         if self.ran < self.minimum:
             lines += ["", f"FAILED: only {self.ran} tests ran, at least {self.minimum} must"]
         return lines

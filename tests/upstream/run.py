@@ -2,7 +2,8 @@
 
 The tests come from the source distribution of the installed PEFT (source.py), the models that they load are made
 locally (tiny_hub.py), what they are run with stands in cases.py, and a pytest plugin puts it together (plugin.py).
-The exit status is not 0 if a test failed or if fewer tests ran than must.
+The exit status is not 0 if a test failed or if fewer tests ran than must. If the package index cannot be reached, the
+fast part is skipped with a message, so that continuous integration works without network.
 PEFT_DEBUG_WITH_TORCH_COMPILE=1 adds PEFT's tests of torch.compile, which take minutes each.
 
     python tests/upstream/run.py [--fast] [--workers 2] [pytest's own arguments, for instance tests/test_config.py -x]
@@ -23,7 +24,7 @@ from source import DownloadError, fetch_peft_tests
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "upstream"
-MINIMUM, FAST_MINIMUM = 800, 200
+MINIMUM, FAST_MINIMUM = 800, 300
 
 
 def main(arguments: list[str]) -> int:
@@ -34,10 +35,8 @@ def main(arguments: list[str]) -> int:
     try:
         root = fetch_peft_tests(BUILD)
     except DownloadError as error:
-        if not options.fast:
-            raise
-        sys.stderr.write(f"SKIPPED PEFT's own tests: {error}\n")
-        return 0
+        sys.stderr.write(f"{'SKIPPED' if options.fast else 'FAILED'}: PEFT's own tests, {error}\n")
+        return 0 if options.fast else 1
     environment = os.environ | {
         "HF_HOME": str(_tiny_hub()),
         "HF_HUB_OFFLINE": "1",

@@ -14,6 +14,7 @@ from report import Row
 from safetensors.torch import load_file, save_file
 from timing import Spread
 
+from quantities.memory import SETTING_8B
 from quantities.setting import Setting
 
 
@@ -49,7 +50,7 @@ def measure_8b(setting: Setting) -> Iterator[Row]:
         save_file(tensors, path, metadata={"format": "pt"})
         overhead, matrices = _overhead(path)
         size = path.stat().st_size / 1e3
-    yield _overhead_row("Llama-3.1-8B", overhead, matrices, f"the whole file: {size:.0f} KB")
+    yield _overhead_row(SETTING_8B, overhead, matrices, f"the whole file: {size:.0f} KB")
 
 
 def _save(model: PeftModel, folder: str) -> Path:

@@ -19,6 +19,7 @@ EXPERTS = 100
 GOAL, GOAL_8B = 0.50, 0.40
 OFFSET_BYTES = 4  # float32
 LORA_RANK = 16
+SETTING_8B = f"Llama-3.1-8B, {LAYERS_OF_8B} layers, bfloat16, computed from its shapes"
 
 
 def measure(setting: Setting) -> Iterator[Row]:
@@ -49,7 +50,7 @@ def compute_8b(setting: Setting) -> Iterator[Row]:
     factors = sum(min(shape) * (sum(shape) + 1) for shape in matrices) * element
     further = {"SVF": offsets / weights, "LoRA r16": lora / weights, "U, S, V": offsets / 2 / weights}
     one = {"SVF": (basis + offsets) / weights, "LoRA r16": lora / weights, "U, S, V": factors / weights}
-    yield from _rows(f"Llama-3.1-8B, {LAYERS_OF_8B} layers, bfloat16, computed from its shapes", one, further, GOAL_8B)
+    yield from _rows(SETTING_8B, one, further, GOAL_8B)
 
 
 def _rows(

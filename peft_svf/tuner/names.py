@@ -1,0 +1,22 @@
+"""Names of modules: as the base model has them, with the wrappers of PEFT and torch, and in a state dict."""
+
+from __future__ import annotations
+
+
+PEFT_PREFIX = "base_model.model."  # of names in a PeftModel and in every checkpoint
+# What FSDP1 and activation checkpointing put into the names of modules, but not into those of a state dict.
+HIDDEN_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def name_in_state_dict(module_name: str) -> str:
+    """The name of a module as the keys of a state dict have it."""
+    for wrapper in HIDDEN_WRAPPERS:
+        module_name = module_name.replace(wrapper, "")
+    return module_name
+
+
+def name_in_base(name: str) -> str:
+    """A module's name as seen from the base model, without the wrappers of PEFT and torch."""
+    for wrapper in (PEFT_PREFIX, "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name_in_state_dict(name)
