@@ -15,6 +15,7 @@ from peft_svf.tuner.base_check import OTHER_QUANTIZATION, OTHER_ROUNDING
 from peft_svf.tuner.checkpoint_weights import CheckpointWeights
 from peft_svf.tuner.distributed import gathered, share_basis
 from peft_svf.tuner.layer import SVFLayer
+from peft_svf.tuner.names import name_in_state_dict
 from peft_svf.tuner.parameter import ParamWrapper
 
 
@@ -209,7 +210,7 @@ def export_bases(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]
         if isinstance(layer, SVFLayer) and adapter_name in layer.svf_offset:
             layer.require_basis()
             columns = _needed_shape(layer, [adapter_name])[-1]
-            prefix = f"{name}.svf_saved_basis.{adapter_name}"
+            prefix = f"{name_in_state_dict(name)}.svf_saved_basis.{adapter_name}"
             entries[f"{prefix}.vectors"] = layer.svf_basis[..., :columns].contiguous()
             entries[f"{prefix}.singular_values"] = layer.svf_singular_values
     return entries

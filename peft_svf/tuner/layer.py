@@ -335,8 +335,8 @@ def _dequantized_packed_weight(data: torch.Tensor, packed: Any) -> torch.Tensor:
 
     On CPUs with AVX512-BF16 it packs weights for its inference kernel at the first forward in eval mode, in place, and
     rounds their scales to bfloat16. `dequantize_4bit` then returns garbage, and so does bitsandbytes' own way back
-    unless the scales are quantized too. Here the codes are unpacked and the rounded scales are used: that is the weight
-    that the layer computes with.
+    unless the scales are quantized too. Here the codes are unpacked and the rounded scales used: that is the weight
+    which the layer computes with.
     """
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
 

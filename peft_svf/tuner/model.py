@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import warnings
@@ -12,16 +11,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, delete_adapter
-from peft.utils import AuxiliaryTrainingWrapper, _get_submodules, get_quantization_kwargs
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from torch import nn
 
 from peft_svf.tuner.base_check import check_base_model, collect_fingerprint, compare_fingerprints
-from peft_svf.tuner.bases import common_source, compute_bases, export_bases, import_bases, wait_for_bases
+from peft_svf.tuner.bases import compute_bases, wait_for_bases
+from peft_svf.tuner.checkpoint import complete_checkpoint, complete_offsets, take_bases
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.distributed import (
     keep_bases_out_of_ddp,
-    keys_behind_wrappers,
     refuse_merging_into_shards,
     refuse_sharded_model,
     run_where_weights_are,
@@ -30,9 +29,16 @@ from peft_svf.tuner.layer import Linear, SVFLayer
 from peft_svf.tuner.mixed_batch import BASE_MODEL, MixedBatch, generation_expansion, pass_mixed_batch
 from peft_svf.tuner.mixture import check_mixture, mix_offsets
 from peft_svf.tuner.module_checks import ModuleChecks
-from peft_svf.tuner.names import name_in_base
-from peft_svf.tuner.parameter import ParamWrapper, adapted_name, check_nesting, no_mixed_batches, why_not_parameter
+from peft_svf.tuner.parameter import (
+    ParamWrapper,
+    adapted_layers,
+    adapted_name,
+    check_nesting,
+    no_mixed_batches,
+    why_not_parameter,
+)
 from peft_svf.tuner.rollback import Rollback
+from peft_svf.tuner.selection import check_adapter_name, matches_by_ending, resolve_all_linear
 
 
 class SVFModel(BaseTuner):
@@ -74,11 +80,11 @@ class SVFModel(BaseTuner):
         targets_before = list(self.targeted_module_names), list(self.targeted_parameter_names)
         self._checks, self._refused = ModuleChecks(model), dict[str, str]()
         try:
-            _check_adapter_name(model, adapter_name)
+            check_adapter_name(model, adapter_name)
             refuse_sharded_model(model, config.target_parameters)
             if config.compares_base:
                 run_where_weights_are(partial(check_base_model, model, config))
-            _resolve_all_linear(config, model)
+            resolve_all_linear(config, model)
             with _no_false_warning(config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._raise_if_refused()
@@ -122,7 +128,7 @@ class SVFModel(BaseTuner):
         targets = peft_config.target_modules
         if found and peft_config.layers_to_transform is not None and isinstance(targets, set) and key in targets:
             # PEFT ignores `layers_to_transform` for full names, which is what "all-linear" becomes: match by ending.
-            return _matches_by_ending(peft_config, key)
+            return matches_by_ending(peft_config, key)
         return found
 
     def _create_and_replace(
@@ -136,7 +142,7 @@ class SVFModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        if parameter_name is not None and not _matches_by_ending(peft_config, current_key):
+        if parameter_name is not None and not matches_by_ending(peft_config, current_key):
             return  # PEFT ignores `layers_to_transform` and `exclude_modules` for parameters
         if isinstance(target, SVFLayer) and getattr(target, "parameter_name", None) == parameter_name:
             target.update_layer(adapter_name, peft_config)
@@ -188,29 +194,16 @@ class SVFModel(BaseTuner):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
-        layers = adapted_layers(model, adapter_name)
-        config.base_fingerprint = collect_fingerprint({name_in_base(name): layer for name, layer in layers.items()})
-        config.basis_source = config.basis_source or common_source(layers)
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
-        hidden_keys = keys_behind_wrappers(model, adapter_name).values()
-        entries.update({key: state_dict[key] for key in hidden_keys if key in state_dict})
-        return {**entries, **export_bases(model, adapter_name)} if config.save_basis else entries
+        return complete_checkpoint(model, config, adapter_name, state_dict, entries)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        hidden_keys = keys_behind_wrappers(model, adapter_name)
-        state_dict = {hidden_keys.get(key, key): tensor for key, tensor in state_dict.items()}
-        bases = {name_in_base(key): state_dict.pop(key) for key in list(state_dict) if ".svf_saved_basis." in key}
-        try:
-            import_bases({name_in_base(n): m for n, m in model.named_modules()}, adapter_name, bases)
-        except ValueError:
-            _take_out(model, adapter_name)
-            raise
+        state_dict = take_bases(model, adapter_name, state_dict)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        _complete_offsets(model, adapter_name, state_dict)
-        return state_dict
+        return complete_offsets(model, adapter_name, state_dict)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -315,66 +308,6 @@ class SVFModel(BaseTuner):
             layer.svf_offset[adapter_name].weight.data.copy_(offsets[name])
 
 
-def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, SVFLayer]:
-    """The layers of `model` that have offsets of the adapter `adapter_name`, by module or parameter name."""
-    return {
-        adapted_name(name, layer): layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, SVFLayer) and adapter_name in layer.svf_offset
-    }
-
-
-def _take_out(model: nn.Module, adapter_name: str) -> None:
-    """Undo the injection of an adapter whose weights turn out to be unusable."""
-    delete_adapter(model, adapter_name, SVFModel.prefix, SVFLayer)
-    for name, layer in reversed(list(model.named_modules())):  # wrappers of one module from the inside to the outside
-        if isinstance(layer, SVFLayer) and not layer.svf_offset:
-            parent, _, child_name = _get_submodules(model, name)
-            setattr(parent, child_name, layer.base_layer)
-    peft_config: Any = model.peft_config
-    peft_config.pop(adapter_name, None)
-
-
-def _resolve_all_linear(config: SVFConfig, model: nn.Module) -> None:
-    """As PEFT does it, but without the modules that another adapter saves in full: PEFT takes their copies for layers
-    of the model, and the new adapter would then fit no other model."""
-    if config.target_modules == "all-linear":
-        _maybe_include_all_linear_layers(config, model)
-        copied = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
-        config.target_modules = {name for name in config.target_modules if not name.startswith(copied)}
-
-
-def _complete_offsets(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """See to it that loading `state_dict` leaves nothing of the offsets that the adapter has now.
-
-    Raises:
-        ValueError: Offsets of another length. Nothing is changed yet; `load_state_dict` would copy the others first.
-    """
-    ending = f".svf_offset.{adapter_name}.weight"
-    here = {key: value for key, value in model.state_dict().items() if key.endswith(ending)}
-    for key, value in here.items():
-        found = state_dict.get(key)
-        if found is not None and found.shape != value.shape:
-            raise ValueError(
-                f"the checkpoint has {found.numel()} offsets for '{name_in_base(key.removesuffix(ending))}', the "
-                f"adapter '{adapter_name}' has {value.numel()}; load it under another name"
-            )
-    missing = [key for key in here if key not in state_dict]
-    state_dict.update({key: torch.zeros(here[key].shape, dtype=here[key].dtype) for key in missing})
-    if missing:
-        warnings.warn(
-            f"the checkpoint has no offsets for {len(missing)} of the modules that the adapter '{adapter_name}' "
-            f"adapts, for instance '{name_in_base(missing[0].removesuffix(ending))}'; they work as in the base model"
-        )
-
-
-def _matches_by_ending(config: SVFConfig, name: str) -> Any:
-    """Whether `exclude_modules`, `layers_to_transform` and `layers_pattern` select a module or parameter."""
-    by_ending = copy.copy(config)
-    by_ending.target_modules = {name.rpartition(".")[2]}
-    return BaseTuner._check_target_module_exists(by_ending, name)
-
-
 @contextmanager
 def _no_false_warning(config: SVFConfig) -> Iterator[None]:
     """PEFT looks for the names in `rank_pattern` among modules only, and would call those of parameters ignored."""
@@ -382,19 +315,3 @@ def _no_false_warning(config: SVFConfig) -> Iterator[None]:
         if config.target_parameters and config.rank_pattern:
             warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match any")
         yield
-
-
-def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
-    # Offsets are kept in a ModuleDict, whose keys are attribute names.
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
-        raise ValueError(f"an adapter cannot be named '{adapter_name}': choose a name without '.', like 'math'")
-    # PEFT takes every key with `.<name>.` in it for the adapter's, and would not save it with the others.
-    if adapter_name in _module_name_parts(model):
-        raise ValueError(f"an adapter cannot be named '{adapter_name}', as a module of the model is; choose another")
-
-
-def _module_name_parts(model: nn.Module) -> set[str]:
-    """What stands between the dots in the names of the modules that are not those of adapters."""
-    names = dict(model.named_modules())
-    wrappers = tuple(f"{n}." for n, m in names.items() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
-    return {"model"}.union(*(name.split(".") for name in names if not name.startswith(wrappers)))

@@ -245,3 +245,12 @@ def sketch_parameter(module: nn.Module, parameter_name: str) -> list[float] | No
     if parameter is None or parameter.is_meta or parameter.dtype not in DTYPES or parameter.dim() not in (2, 3):
         return None
     return weight_sketch(parameter) if parameter.dim() == 2 else sketch_of_stack([weight_sketch(m) for m in parameter])
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, SVFLayer]:
+    """The layers of `model` that have offsets of the adapter `adapter_name`, by module or parameter name."""
+    return {
+        adapted_name(name, layer): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, SVFLayer) and adapter_name in layer.svf_offset
+    }

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import warnings
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import peft.utils.other
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -328,7 +332,7 @@ def test_a_weight_that_is_not_quantized_yet_is_refused(layer: Callable[[], nn.Mo
 def test_an_8_bit_layer_with_weights_of_16_bits_has_their_basis() -> None:
     torch.manual_seed(0)
     layer = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=True)
-    expected = layer.weight.detach().clone()
+    expected = layer.weight.detach().double()
     model = randomize(get_peft_model(nn.Sequential(layer.to("cpu")), SVFConfig(target_modules=["0"])), std=0.5)
     offset = adapted(model)["base_model.model.0"].svf_offset["default"].weight.detach()
     x = torch.randn(16, 64)
@@ -578,13 +582,13 @@ class OpaqueLinear(nn.Module):
 @pytest.fixture
 def opaque(tiny_llama: Build, monkeypatch: pytest.MonkeyPatch) -> Callable[[], LlamaForCausalLM]:
     """Builds the Llama with opaque layers, which PEFT takes for those of GPT-QModel."""
-    monkeypatch.setattr(quantization_utils, "is_gptqmodel_available", lambda: True)
-    package = type(nn)("gptqmodel")
-    package.nn_modules = type(nn)("gptqmodel.nn_modules")
-    package.nn_modules.qlinear = type(nn)("gptqmodel.nn_modules.qlinear")
-    package.nn_modules.qlinear.BaseQuantLinear = OpaqueLinear
-    for module in (package, package.nn_modules, package.nn_modules.qlinear):
-        monkeypatch.setitem(__import__("sys").modules, module.__name__, module)
+    for module in (quantization_utils, peft.utils.other):
+        monkeypatch.setattr(module, "is_gptqmodel_available", lambda: True)
+    for name in ("gptqmodel", "gptqmodel.nn_modules", "gptqmodel.nn_modules.qlinear"):
+        stand_in = ModuleType(name)
+        stand_in.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    stand_in.BaseQuantLinear = OpaqueLinear
 
     def build() -> LlamaForCausalLM:
         model = tiny_llama(**SIZES)
