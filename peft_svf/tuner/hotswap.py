@@ -1,8 +1,7 @@
 """Replace an expert by another one in place: the same tensors, so nothing is compiled or allocated again.
 
 PEFT's `hotswap_adapter` is for LoRA only. `model.load_adapter(path, <existing name>)` copies in place too, but never
-looks at the new expert's configuration: one of another base model or parametrization is swapped in silently, and
-layers that the new expert lacks keep the offsets of the old one.
+looks at the new expert's configuration: one of another base model or parametrization is swapped in silently.
 """
 
 from __future__ import annotations

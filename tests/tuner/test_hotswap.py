@@ -435,14 +435,14 @@ def test_loading_over_an_adapter_copies_in_place_as_well(tiny_llama: Build, math
 def test_loading_over_an_adapter_does_not_check_what_hotswap_does(
     tiny_llama: Build, math: PeftModel, save: Save
 ) -> None:
-    """Why there is a `hotswap_adapter`: PEFT checks the shapes, and reports missing layers in its result."""
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    """Why there is a `hotswap_adapter`: PEFT never looks at the new expert's configuration, so not at its base model."""
+    with pytest.raises(ValueError, match="load it under another name"):
         math.load_adapter(save("short", 2, rank=8), "default")
     foreign = save("foreign", 2, tiny_llama(seed=5))
     math.load_adapter(foreign, "default")
     first = layers_of(math)["base_model.model.model.layers.0.mlp.up_proj"].svf_offset["default"].weight
     key = "base_model.model.model.layers.0.mlp.up_proj.svf_offset.weight"
     assert torch.equal(first, load_file(f"{foreign}/adapter_model.safetensors")[key])
-    result = math.load_adapter(save("half", 3, layers_to_transform=[1]), "default")
-    assert torch.equal(first, load_file(f"{foreign}/adapter_model.safetensors")[key])  # still the old expert's
-    assert len(result.missing_keys) == 7
+    with pytest.warns(UserWarning, match="no offsets for 7 of the modules"):
+        math.load_adapter(save("half", 3, layers_to_transform=[1]), "default")
+    assert not first.any()

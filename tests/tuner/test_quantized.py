@@ -625,15 +625,18 @@ def test_an_expert_on_an_opaque_base_needs_a_basis_from_elsewhere(
         PeftModel.from_pretrained(opaque(), expert[1])
 
 
-@pytest.mark.parametrize("bring", ["basis_source", "save_basis"])
+@pytest.mark.parametrize("bring", ["basis_source", "basis_source, transformers", "save_basis"])
 def test_an_expert_runs_on_an_opaque_base(
     opaque: Callable[..., Any], expert: tuple[torch.Tensor, Path, Path], tmp_path: Path, tiny_llama: Build, bring: str
 ) -> None:
     expected, path, base_path = expert
+    config = SVFConfig.from_pretrained(path)
+    config.basis_source = str(base_path)
     if bring == "basis_source":
-        config = SVFConfig.from_pretrained(path)
-        config.basis_source = str(base_path)
         model = PeftModel.from_pretrained(opaque(), path, config=config)
+    elif bring == "basis_source, transformers":
+        model = opaque()
+        model.load_adapter(str(path), peft_config=config)
     else:
         with_basis = PeftModel.from_pretrained(tiny_llama(**SIZES), path)
         with_basis.peft_config["default"].save_basis = True

@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> int:
     environment = os.environ | {
         "HF_HOME": str(_tiny_hub()),
         "HF_HUB_OFFLINE": "1",
+        "PEFT_SVF_CACHE": "off",
         "OMP_NUM_THREADS": "1",  # several workers share the processor, and the models are tiny
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), str(HERE), os.environ.get("PYTHONPATH")])),
     }
