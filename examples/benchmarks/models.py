@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_svf import SVFConfig
 
 
-# The head is not adapted, so a large one would make every ratio look better. With 512 tokens it is 1 % of the matrix
-# products at hidden size 1024 with 4 layers; in Llama-3.1-8B, with 128256 tokens and 32 layers, it is 7 %.
+# The head is not adapted, so a large one would make every ratio look better. With 512 tokens it is 2 % of the matrix
+# products in these models of one or two layers; in Llama-3.1-8B, with 128256 tokens and 32 layers, it is 7 %.
 VOCABULARY = 512
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CACHE_VARIABLE = "PEFT_SVF_CACHE"
@@ -67,8 +67,8 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("llama-256", hidden=256, intermediate=704, layers=2, heads=4),  # --quick
-        Shape("llama-1024", hidden=1024, intermediate=2752, layers=4, heads=16),
-        Shape("llama-2048", hidden=2048, intermediate=5504, layers=2, heads=32),
+        Shape("llama-1024", hidden=1024, intermediate=2752, layers=2, heads=16),
+        Shape("llama-2048", hidden=2048, intermediate=5504, layers=1, heads=32),
         Shape("llama-8b", hidden=4096, intermediate=14336, layers=1, heads=32),
     )
 }

@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from peft_svf.spectrum import sketch_distance, weight_sketch
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.distributed import gathered
-from peft_svf.tuner.layer import SVFLayer, dequantized_weight
+from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.parameter import ParamWrapper, sketch_parameter
+from peft_svf.tuner.quantized import dequantized_weight
 
 
 # Relative differences of a weight, ‖ΔW‖_F / ‖W‖_F. Measured: rounding to bfloat16 2e-3, to int8 5e-3 to 9e-3 (more for
@@ -210,8 +211,8 @@ def _base_of(config: SVFConfig) -> str:
 def _from_source(config: SVFConfig) -> str:
     source = config.base_model_name_or_path or "<folder or Hub id>"
     return (
-        "take the singular bases from the unquantized weights: `config = SVFConfig.from_pretrained(<adapter>)`, "
-        f"`config.basis_source = '{source}'`, and load the adapter with `config=config`"
+        "take the singular bases from the unquantized weights: load the adapter with "
+        f"`config=SVFConfig.from_pretrained(<adapter>, basis_source='{source}')`"
     )
 
 

@@ -144,6 +144,16 @@ class SVFConfig(PeftConfig):
         self.compares_base = self.base_fingerprint is not None
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SVFConfig:
+        """As [`~peft.PeftConfig.from_pretrained`], with `basis_source` or `save_basis` to override what was saved."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        for name in {"basis_source", "save_basis"} & kwargs.keys():
+            setattr(config, name, kwargs[name])  # for PEFT, what the file says wins
+        return config
+
+    @classmethod
     def paper(cls, **kwargs: Any) -> SVFConfig:
         """The parametrization of the paper's released code; other arguments as in [`SVFConfig`].
 

@@ -9,7 +9,6 @@ mean the sum of their offsets, which leaves the base model at weight 1 − K (a 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -18,7 +17,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.other import get_pattern_key
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +25,7 @@ from peft_svf.spectrum import Side, SingularBasis, weight_change
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.distributed import refuse_sharded_weight
 from peft_svf.tuner.offset import SVFLogit, SVFOffset
+from peft_svf.tuner.quantized import UnmergedLayer, dequantized_weight, device_of
 
 
 class RowOffsets(Protocol):
@@ -51,6 +50,7 @@ class SVFLayer(BaseTunerLayer):
 
     adapter_layer_names = ("svf_offset",)
     other_param_names = ("svf_strength",)
+    active_adapters: list[str]
     svf_basis: torch.Tensor
     svf_singular_values: torch.Tensor
     svf_unmerged_weight: torch.Tensor | None
@@ -150,7 +150,7 @@ class SVFLayer(BaseTunerLayer):
         module = self.svf_offset[adapter_name]
         if isinstance(module, SVFLogit):
             self.require_basis()
-        offset = module(self.svf_singular_values) if isinstance(module, SVFLogit) else module()
+        offset = module(self.svf_singular_values)
         strength = self.svf_strength[adapter_name]
         return offset if strength == 1.0 else offset * strength
 
@@ -166,8 +166,7 @@ class SVFLayer(BaseTunerLayer):
 
     def base_device(self) -> torch.device:
         """Where the base layer's weights are; the CPU if they are not there yet."""
-        base = self.get_base_layer()
-        return next((t.device for t in (*base.parameters(), *base.buffers()) if not t.is_meta), torch.device("cpu"))
+        return device_of(self.get_base_layer())
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Unlike PEFT's, does not change the dtype: near 0 a half-precision offset loses the optimizer's small steps.
@@ -309,71 +308,6 @@ def stack_offsets(offsets: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([pad(offset, (0, longest - offset.shape[-1])) for offset in offsets])
 
 
-def dequantized_weight(layer: nn.Module, backend: QuantizationBackend) -> torch.Tensor:
-    """The weight of a quantized linear layer, shape (out, in), in the dtype it was quantized from.
-
-    Raises:
-        TypeError: The format cannot be dequantized (GPTQ, AWQ and the like).
-        NotImplementedError: The same from torchao.
-        ValueError: bitsandbytes has not quantized the weight yet.
-    """
-    weight: Any = getattr(layer, "weight", None)
-    state = getattr(weight, "quant_state", None)
-    if backend.backend_name == "bnb 8bit" and weight.has_fp16_weights:
-        return weight.data  # quantized anew at every forward
-    if (backend.backend_name == "bnb 8bit" and weight.dtype != torch.int8) or (
-        backend.backend_name == "bnb 4bit" and state is None
-    ):
-        raise ValueError("its weight is not quantized yet; move the model to its device first: `model.to(device)`")
-    if getattr(state, "packing_format_for_cpu", False):
-        return _dequantized_packed_weight(weight.data, state)
-    return backend.get_base_weight(layer)
-
-
-def _dequantized_packed_weight(data: torch.Tensor, packed: Any) -> torch.Tensor:
-    """The same for a 4-bit weight that bitsandbytes has packed.
-
-    On CPUs with AVX512-BF16 it packs weights for its inference kernel at the first forward in eval mode, in place, and
-    rounds their scales to bfloat16. `dequantize_4bit` then returns garbage, and so does bitsandbytes' own way back
-    unless the scales are quantized too. Here the codes are unpacked and the rounded scales used: that is the weight
-    which the layer computes with.
-    """
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
-
-    state = copy.copy(packed)
-    state.original_nested = False  # or the scales would be quantized again
-    codes, state = _convert_weight_packed_for_cpu_inverse(data, state)
-    state.absmax = packed.absmax.T.reshape(-1).to(torch.float32)  # one for each block of the weight, row by row
-    return dequantize_4bit(codes, state)
-
-
-class UnmergedLayer:
-    """A quantized base layer as it was before merging: the tensors and the quantization state themselves, no copies.
-
-    Attributes:
-        original (`nn.Module`): A shallow copy of the layer, which keeps them; for dequantizing, not for a forward.
-    """
-
-    PARTS = ("_parameters", "_buffers", "state", "quant_state")  # the last two belong to bitsandbytes
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        self.original = copy.copy(layer)
-        vars(self.original).update(self._parts_of(layer))
-        # PEFT changes attributes of the old parameter when it makes a new one.
-        self.attributes = [(p, dict(vars(p))) for p in layer.parameters(recurse=False)]
-
-    def restore(self, owner: SVFLayer) -> None:
-        """Put the layer back to what it was, on the device where it is now."""
-        device = owner.base_device()
-        for parameter, attributes in self.attributes:
-            vars(parameter).clear()
-            vars(parameter).update(attributes)
-        vars(self.layer).update(self._parts_of(self.original))
-        if not isinstance(owner.base_layer, BaseTunerLayer):
-            owner.base_layer = self.layer  # HQQ makes a new module when it quantizes
-        if owner.base_device() != device:
-            self.layer.to(device)
-
-    def _parts_of(self, layer: nn.Module) -> dict[str, Any]:
-        return {part: copy.copy(value) for part, value in vars(layer).items() if part in self.PARTS}
+def basis_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """What the basis of a weight is kept in: the dtype of the weight, or float32 for formats of fewer bits."""
+    return weight_dtype if weight_dtype in (torch.float16, torch.bfloat16, torch.float64) else torch.float32

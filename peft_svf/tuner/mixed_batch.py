@@ -58,7 +58,7 @@ class MixedBatch:
     def _stack(self, layer: SVFLayer) -> torch.Tensor:
         """The offsets of the adapters of this batch, shape (K, k); zeros for the base model."""
         offsets = {name: layer.offset(name) for name in self._rows_of if name in layer.svf_offset}
-        base = next(iter(layer.svf_offset.values())).weight.new_zeros(1)
+        base = next(layer.svf_offset.parameters()).new_zeros(1)
         return stack_offsets([offsets.get(name, base) for name in self._rows_of])
 
     def _index(self, repeats: int, device: torch.device) -> torch.Tensor:

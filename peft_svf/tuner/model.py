@@ -16,7 +16,7 @@ from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from torch import nn
 
 from peft_svf.tuner.base_check import check_base_model, collect_fingerprint, compare_fingerprints
-from peft_svf.tuner.bases import compute_bases, wait_for_bases
+from peft_svf.tuner.bases import compute_bases
 from peft_svf.tuner.checkpoint import complete_checkpoint, complete_offsets, take_bases
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.distributed import (
@@ -38,6 +38,7 @@ from peft_svf.tuner.parameter import (
     why_not_parameter,
 )
 from peft_svf.tuner.rollback import Rollback
+from peft_svf.tuner.saved_bases import wait_for_bases
 from peft_svf.tuner.selection import check_adapter_name, matches_by_ending, resolve_all_linear
 
 
@@ -67,6 +68,8 @@ class SVFModel(BaseTuner):
     prefix: str = "svf_"
     tuner_layer_cls = SVFLayer
     target_module_mapping: dict[str, list[str]] = {}
+    targeted_module_names: list[str]
+    targeted_parameter_names: list[str]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add the adapter `adapter_name`, configured in `self.peft_config`, to `model`.
@@ -182,7 +185,8 @@ class SVFModel(BaseTuner):
         if autocast_adapter_dtype:
             return  # offsets are float32 from the start
         for layer in adapted_layers(self.model, adapter_name).values():
-            layer.svf_offset[adapter_name].to(layer.unmerged_weight().dtype)
+            if layer.svf_basis is not None:
+                layer.svf_offset[adapter_name].to(layer.svf_basis.dtype)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -305,7 +309,7 @@ class SVFModel(BaseTuner):
         )
         self.inject_adapter(self.model, adapter_name)
         for name, layer in layers.items():
-            layer.svf_offset[adapter_name].weight.data.copy_(offsets[name])
+            layer.svf_offset[adapter_name].get_parameter("weight").data.copy_(offsets[name])
 
 
 @contextmanager

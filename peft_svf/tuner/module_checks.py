@@ -18,7 +18,7 @@ class ModuleChecks:
 
     def __init__(self, model: nn.Module) -> None:
         self.model_type = getattr(getattr(model, "config", None), "model_type", None)
-        self.owners: dict[nn.Parameter, list[str]] = {}
+        self.owners: dict[nn.Parameter | None, list[str]] = {}
         for name, module in model.named_modules():
             for parameter in module.parameters(recurse=False):
                 self.owners.setdefault(parameter, []).append(name)
@@ -36,7 +36,7 @@ class ModuleChecks:
             return f"because {type(parent).__name__} reads its weight without calling it"
         if name.rpartition(".")[2] == "out_proj" and self._is_mamba(parent):
             return "because the fused kernels of Mamba read its weight without calling it"
-        others = [owner for owner in self.owners.get(getattr(layer, "weight", None), ()) if owner != name]
+        others = [owner for owner in self.owners.get(layer._parameters.get("weight"), ()) if owner != name]
         if others and not all(owner.startswith(f"{name}.") for owner in others):
             return f"because its weight is tied to '{others[0]}', which would change with it or be left behind"
         return None

@@ -27,7 +27,8 @@ class SVFOffset(nn.Module):
         if not init_weights:
             nn.init.normal_(self.weight, std=OFFSET_STD)
 
-    def forward(self) -> torch.Tensor:
+    def forward(self, singular_values: torch.Tensor) -> torch.Tensor:
+        """The offset z − 1, shape (…, k); the singular values, shape (…, r), do not matter to this parametrization."""
         return self.weight
 
 

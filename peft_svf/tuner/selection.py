@@ -8,8 +8,11 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from peft_svf.tuner.config import SVFConfig
+from peft_svf.tuner.module_checks import is_linear
 
 
 def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
@@ -27,8 +30,22 @@ def resolve_all_linear(config: SVFConfig, model: nn.Module) -> None:
     of the model, and the new adapter would then fit no other model."""
     if config.target_modules == "all-linear":
         _maybe_include_all_linear_layers(config, model)
+        found = {*config.target_modules, *_linear_by_nature(model)}
         copied = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
-        config.target_modules = {name for name in config.target_modules if not name.startswith(copied)}
+        config.target_modules = {name for name in found if not name.startswith(copied)}
+
+
+def _linear_by_nature(model: nn.Module) -> set[str]:
+    """Linear layers that PEFT does not know by their class: those of quantized formats (GPTQ, AWQ, HQQ)."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return {
+        name
+        for name, module in model.named_modules()
+        if is_linear(module)
+        and not isinstance(module, (nn.Linear, Conv1D))
+        and module is not head
+        and not name.endswith(".base_layer")
+    }
 
 
 def matches_by_ending(config: SVFConfig, name: str) -> Any:

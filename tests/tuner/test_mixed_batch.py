@@ -225,7 +225,9 @@ def test_layers_that_see_routed_tokens_are_refused_by_name() -> None:
 
 
 @torch.no_grad()
-def test_offsets_are_gathered_once_for_each_call_of_generate(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_are_gathered_once_for_each_call_of_generate(
+    model: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     original = SVFLayer.offset
     monkeypatch.setattr(SVFLayer, "offset", lambda layer, name: calls.append(name) or original(layer, name))

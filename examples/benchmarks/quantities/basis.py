@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -22,6 +21,7 @@ SETUP_TIME = 1 / 2  # of torch.linalg.svd
 CACHE_TIME = 1 / 10  # of computing
 CHECKED_LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")  # square, and wide ones
 OFFSET_STD = 0.1
+MOST_ROUNDS = 2  # these timings take long, and differ little
 
 
 def measure(setting: Setting) -> Iterator[Row]:
@@ -43,7 +43,7 @@ def _time_setup(setting: Setting, base: nn.Module) -> Iterator[Row]:
             "SVF": lambda: _set_up(base, "SVF", next(empty)),
             **{name: (lambda name=name: _set_up(base, name, "off")) for name in METHODS if name != "SVF"},
         }
-        seconds = setting.time(candidates, warm_up=False)
+        seconds = setting.time(candidates, most=MOST_ROUNDS, warm_up=False)
     to_svd = ratios(seconds, "svd")
     yield Row(
         "set-up of the whole model, × of torch.linalg.svd in float32",
@@ -69,10 +69,9 @@ def _set_up(base: nn.Module, method: str, cache: str) -> None:
 
 def _compare_errors(setting: Setting, base: nn.Module) -> Iterator[Row]:
     """Relative error of ΔW for random offsets, in the worst of three layers."""
-    with basis_cache("off"):
-        layers = adapt(copy.deepcopy(base), "SVF").base_model.model.model.layers[0]
+    adapted = setting.adapted("SVF").base_model.model.model.layers[0]
     errors = [
-        _errors(layers.get_submodule(name), base.model.layers[0].get_submodule(name).weight.detach(), setting)
+        _errors(adapted.get_submodule(name), base.model.layers[0].get_submodule(name).weight.detach(), setting)
         for name in CHECKED_LAYERS
     ]
     computed, computed_svd, kept, kept_svd = (Spread.exact(max(column)) for column in zip(*errors, strict=True))

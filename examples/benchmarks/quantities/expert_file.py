@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +23,10 @@ WEIGHTS = "adapter_model.safetensors"
 
 def measure(setting: Setting) -> Iterator[Row]:
     """Bytes of the file less 4 for each component, and the whole file beside those of the other methods."""
-    base = setting.build_base()
     sizes, overhead, matrices = {}, 0.0, 1
     for method in METHODS:
-        with basis_cache("off"):
-            model = adapt(copy.deepcopy(base), method)
         with tempfile.TemporaryDirectory() as folder:
-            path = _save(model, folder)
+            path = _save(setting.adapted(method), folder)
             sizes[method] = Spread.exact(path.stat().st_size / 1e3)
             if method == "SVF":
                 overhead, matrices = _overhead(path)

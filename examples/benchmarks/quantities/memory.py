@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
-from models import LAYERS_OF_8B, METHODS, SHAPES, adapt, adapted_linears, add_experts, basis_cache
-from released_code import ReleasedCode
+from models import LAYERS_OF_8B, METHODS, SHAPES, adapted_linears, add_experts
 from report import Row
 from timing import Spread
 from torch import nn
@@ -28,12 +26,11 @@ def measure(setting: Setting) -> Iterator[Row]:
     weights = _bytes_of(nn.ModuleList(adapted_linears(base).values()))
     one, further = {}, {}
     for method in METHODS:
-        with basis_cache("off"):
-            model = adapt(copy.deepcopy(base), method)
-            one[method] = (_bytes_of(model) - _bytes_of(base)) / weights
-            add_experts(model, method, ["second"])
+        model = setting.adapted(method)
+        one[method] = (_bytes_of(model) - _bytes_of(base)) / weights
+        add_experts(model, method, ["second"])
         further[method] = (_bytes_of(model) - _bytes_of(base)) / weights - one[method]
-    released = ReleasedCode(copy.deepcopy(base))
+    released = setting.adapted("U, S, V")
     one["U, S, V"] = (_bytes_of(released) - _bytes_of(base)) / weights
     further["U, S, V"] = sum(p.numel() * p.element_size() for p in released.decompositions.parameters()) / weights
     yield from _rows(str(setting), one, further, GOAL, f"{EXPERTS} experts: 1 and 2 measured, all further alike")

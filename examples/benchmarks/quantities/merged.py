@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
-from models import adapt, basis_cache, random_tokens
+from models import random_tokens
 from report import Row
 from timing import ratios
 from torch import nn
@@ -24,10 +23,8 @@ def measure(setting: Setting) -> Iterator[Row]:
     base = setting.build_base()
     models: dict[str, nn.Module] = {"base": base}
     for method in ("SVF", "LoRA r16"):
-        with basis_cache("off"):
-            model = adapt(copy.deepcopy(base), method).eval()
-        model.merge_adapter()
-        models[method] = model
+        models[method] = setting.adapted(method).eval()
+        models[method].merge_adapter()
     rows, length = setting.tokens(cuda=(8, 512), cpu=(2, 128), slow=(1, 16))
     batch = random_tokens(rows, length, setting.device, setting.seed)
     prompt = random_tokens(1, 8, setting.device, setting.seed)

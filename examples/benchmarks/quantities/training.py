@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from models import METHODS, adapt, basis_cache, random_tokens, training_step
+from models import METHODS, random_tokens, training_step
 from peak_memory import peak_bytes
 from released_code import ReleasedCode
 from report import Row
 from timing import Spread, ratios
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from quantities.setting import Setting
 
@@ -21,6 +19,7 @@ from quantities.setting import Setting
 TIME_GOAL, MEMORY_GOAL = 1.6, 1.15
 REFERENCE = "LoRA r16"
 MEMORY_BATCH = (4, 512)
+COMPARED = [*METHODS, "U, S, V"]
 
 
 def measure(setting: Setting) -> Iterator[Row]:
@@ -32,8 +31,7 @@ def measure(setting: Setting) -> Iterator[Row]:
 def _time(setting: Setting) -> Row:
     rows, length = setting.tokens(cuda=(8, 512), cpu=(4, 256), slow=(1, 16))
     tokens = random_tokens(rows, length, setting.device, setting.seed)
-    base = setting.build_base()
-    steps = {name: make_step(tokens) for name, (_, make_step) in _trainable(base).items()}
+    steps = {name: _make_step(setting.adapted(name))(tokens) for name in COMPARED}
     found = ratios(setting.time(steps), REFERENCE)
     return Row(
         f"training step, {rows} × {length} tokens, time, × of LoRA r16",
@@ -48,12 +46,11 @@ def _time(setting: Setting) -> Row:
 def _peak(setting: Setting) -> Row:
     rows, length = (2, 64) if setting.quick else MEMORY_BATCH
     tokens = random_tokens(rows, length, setting.device, setting.seed)
-    base = setting.build_base()
     peaks = {}
-    for name in [*METHODS, "U, S, V"]:  # one at a time: nothing else may be alive on the device
-        model, make_step = _trainable(base, [name])[name]
-        peaks[name] = peak_bytes(model, make_step, tokens)
-        del model, make_step
+    for name in COMPARED:  # one at a time: nothing else may be alive on the device
+        model = setting.adapted(name)
+        peaks[name] = peak_bytes(model, _make_step(model), tokens)
+        del model
     return Row(
         f"training step, {rows} × {length} tokens, peak memory, × of LoRA r16",
         str(setting),
@@ -64,20 +61,8 @@ def _peak(setting: Setting) -> Row:
     )
 
 
-def _trainable(
-    base: LlamaForCausalLM, names: list[str] | None = None
-) -> dict[str, tuple[nn.Module, Callable[[torch.Tensor], Callable[[], object]]]]:
-    """By method, an adapted copy of the base model and what makes its training step."""
-    found: dict[str, tuple[nn.Module, Callable[[torch.Tensor], Callable[[], object]]]] = {}
-    for name in names or [*METHODS, "U, S, V"]:
-        if name == "U, S, V":
-            released = ReleasedCode(copy.deepcopy(base))
-            found[name] = (released, released.training_step)
-            continue
-        with basis_cache("off"):
-            model = adapt(copy.deepcopy(base), name)
-        found[name] = (model, partial(training_step, model))
-    return found
+def _make_step(model: nn.Module) -> Callable[[torch.Tensor], Callable[[], object]]:
+    return model.training_step if isinstance(model, ReleasedCode) else partial(training_step, model)
 
 
 def _flops(setting: Setting) -> str:
