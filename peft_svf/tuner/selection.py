@@ -25,14 +25,19 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
         raise ValueError(f"an adapter cannot be named '{adapter_name}', as a module of the model is; choose another")
 
 
+# Heads that PEFT trains in full for a task; it leaves out of "all-linear" only those of sequence classification.
+HEADS = {"TOKEN_CLS": {"classifier", "score"}, "QUESTION_ANS": {"qa_outputs"}}
+
+
 def resolve_all_linear(config: SVFConfig, model: nn.Module) -> None:
-    """As PEFT does it, but without the modules that another adapter saves in full: PEFT takes their copies for layers
-    of the model, and the new adapter would then fit no other model."""
+    """As PEFT does it, but without the modules that any adapter saves in full: PEFT takes the copies that another one
+    keeps for layers of the model, and this adapter would then fit no other model."""
     if config.target_modules == "all-linear":
         _maybe_include_all_linear_layers(config, model)
         found = {*config.target_modules, *_linear_by_nature(model)}
         copied = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
-        config.target_modules = {name for name in found if not name.startswith(copied)}
+        heads = HEADS.get(str(getattr(config.task_type, "value", config.task_type)), set())
+        config.target_modules = {name for name in found - heads if not name.startswith(copied)}
 
 
 def _linear_by_nature(model: nn.Module) -> set[str]:

@@ -435,7 +435,7 @@ def test_loading_over_an_adapter_copies_in_place_as_well(tiny_llama: Build, math
 def test_loading_over_an_adapter_does_not_check_what_hotswap_does(
     tiny_llama: Build, math: PeftModel, save: Save
 ) -> None:
-    """Why there is a `hotswap_adapter`: PEFT never looks at the new expert's configuration, so not at its base model."""
+    """Why there is a `hotswap_adapter`: PEFT never looks at the new expert's configuration, nor its base model."""
     with pytest.raises(ValueError, match="load it under another name"):
         math.load_adapter(save("short", 2, rank=8), "default")
     foreign = save("foreign", 2, tiny_llama(seed=5))

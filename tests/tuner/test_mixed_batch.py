@@ -211,7 +211,7 @@ class Patches(nn.Module):
 
 def test_rows_that_are_not_those_of_the_batch_are_refused() -> None:
     model = with_adapters(Patches(), target_modules=["linear"])
-    with pytest.raises(ValueError, match="Length of `adapter_names`.*got 4 and 16"):
+    with pytest.raises(ValueError, match=r"Length of `adapter_names`.*got 4 and 16"):
         model(torch.randn(4, 8, 8), adapter_names=NAMES)
     assert hooks(model) == 0
 

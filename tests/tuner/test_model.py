@@ -12,7 +12,16 @@ import torch
 from peft import PeftModel, PeftType, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.conversion import convert_to_lora
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from peft_svf import SVFConfig, SVFModel
 from peft_svf.tuner import SVFLayer
@@ -47,6 +56,23 @@ def test_default_config_adapts_every_linear_layer_but_the_head(tiny_llama: Build
     assert len(adapted(model)) == 14
     assert not isinstance(model.base_model.model.lm_head, SVFLayer)
     assert model.get_nb_trainable_parameters()[0] == ranks
+
+
+@pytest.mark.parametrize(
+    ("build", "task_type"),
+    [
+        (BertForSequenceClassification, "SEQ_CLS"),
+        (BertForTokenClassification, "TOKEN_CLS"),
+        (BertForQuestionAnswering, "QUESTION_ANS"),
+    ],
+)
+def test_heads_that_peft_trains_in_full_are_not_adapted(build: type[PreTrainedModel], task_type: str) -> None:
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    model = get_peft_model(build(config), SVFConfig(task_type=task_type))
+    assert any("modules_to_save" in name and p.requires_grad for name, p in model.named_parameters())
+    assert all("encoder" in name or "pooler" in name for name in adapted(model))
 
 
 @pytest.mark.parametrize("target_modules", [None, "all-linear"])

@@ -32,7 +32,7 @@ def settings(**kwargs: object) -> SVFConfig:
 
 
 def released_code(weight: torch.Tensor, logit: torch.Tensor) -> torch.Tensor:
-    """W' of the paper's released code: U diag(σ·sigmoid(p)) Vᵀ, rescaled so that the sum of its singular values stays."""
+    """W' of the paper's released code: U diag(σ·sigmoid(p)) Vᵀ, rescaled to keep the sum of its singular values."""
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
     scaled = s * torch.sigmoid(logit.double())
     return u @ torch.diag(scaled) @ vh * (s.sum() / scaled.sum())

@@ -460,14 +460,13 @@ def test_four_bits_are_refused_with_the_remedy_and_the_remedy_works(
     base = quantized(kind)
     message = (
         r"trained on other weights than those of this quantized model: '\S+_proj' differs by \de?.*of its norm; take "
-        r"the singular bases from the unquantized weights: `config = SVFConfig\.from_pretrained\(<adapter>\)`, "
-        rf"`config\.basis_source = '{re.escape(str(base_path))}'`, and load the adapter with `config=config`"
+        r"the singular bases from the unquantized weights: load the adapter with "
+        rf"`config=SVFConfig\.from_pretrained\(<adapter>, basis_source='{re.escape(str(base_path))}'\)`"
     )
     with pytest.raises(ValueError, match=message) as caught:
         PeftModel.from_pretrained(base, path)
     assert "\n" not in str(caught.value) and not adapted(base)
-    config = SVFConfig.from_pretrained(path)
-    config.basis_source = str(base_path)
+    config = SVFConfig.from_pretrained(path, basis_source=str(base_path))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="this adapter")
         model = PeftModel.from_pretrained(base, path, config=config)
@@ -488,8 +487,7 @@ def test_eight_bits_are_a_warning_with_the_remedy(
     expected, path, base_path = expert
     with pytest.warns(UserWarning, match=r"difference is \d\.\de-0[32].*, or take the singular bases from the unq"):
         recomputed = PeftModel.from_pretrained(quantized("int8"), path)
-    config = SVFConfig.from_pretrained(path)
-    config.basis_source = str(base_path)
+    config = SVFConfig.from_pretrained(path, basis_source=str(base_path))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="this adapter")
         model = PeftModel.from_pretrained(quantized("int8"), path, config=config)
@@ -522,8 +520,7 @@ def test_an_expert_of_the_quantized_model_does_not_fit_the_unquantized_one(
     get_peft_model(quantized("nf4"), SVFConfig()).save_pretrained(tmp_path / "nf4", save_embedding_layers=False)
     with pytest.raises(ValueError, match=r"another base model.*in the dtype and quantization of the training$"):
         PeftModel.from_pretrained(tiny_llama(**SIZES), tmp_path / "nf4")
-    config = SVFConfig.from_pretrained(tmp_path / "nf4")
-    config.basis_source = str(expert[2])
+    config = SVFConfig.from_pretrained(tmp_path / "nf4", basis_source=str(expert[2]))
     with pytest.raises(
         ValueError, match=r"other weights than those of `basis_source='\S+'`: '\S+' differs by .*`None`"
     ):
@@ -535,8 +532,7 @@ def test_bases_of_the_quantized_and_the_unquantized_weights_are_not_mixed(
 ) -> None:
     model = randomize(get_peft_model(quantized("nf4"), SVFConfig(), "first"))
     before = logits(model)
-    config = SVFConfig.from_pretrained(expert[1])
-    config.basis_source = str(expert[2])
+    config = SVFConfig.from_pretrained(expert[1], basis_source=str(expert[2]))
     with pytest.raises(ValueError, match=r"another singular basis than the adapters that the model already has"):
         model.add_adapter("second", config)
     assert torch.equal(logits(model), before)
@@ -625,13 +621,22 @@ def test_an_expert_on_an_opaque_base_needs_a_basis_from_elsewhere(
         PeftModel.from_pretrained(opaque(), expert[1])
 
 
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_all_linear_finds_opaque_layers(
+    opaque: Callable[..., Any], expert: tuple[torch.Tensor, Path, Path], autocast_adapter_dtype: bool
+) -> None:
+    config = SVFConfig(basis_source=str(expert[2]))
+    model = get_peft_model(opaque(), config, autocast_adapter_dtype=autocast_adapter_dtype)
+    assert len(adapted(model)) == 7
+    assert not any("lm_head" in name for name in adapted(model))
+
+
 @pytest.mark.parametrize("bring", ["basis_source", "basis_source, transformers", "save_basis"])
 def test_an_expert_runs_on_an_opaque_base(
     opaque: Callable[..., Any], expert: tuple[torch.Tensor, Path, Path], tmp_path: Path, tiny_llama: Build, bring: str
 ) -> None:
     expected, path, base_path = expert
-    config = SVFConfig.from_pretrained(path)
-    config.basis_source = str(base_path)
+    config = SVFConfig.from_pretrained(path, basis_source=str(base_path))
     if bring == "basis_source":
         model = PeftModel.from_pretrained(opaque(), path, config=config)
     elif bring == "basis_source, transformers":

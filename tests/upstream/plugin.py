@@ -11,6 +11,7 @@ import importlib
 import os
 import shutil
 import sys
+import tempfile
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -77,6 +78,10 @@ def pytest_configure(config: pytest.Config) -> None:
             return  # it runs no tests itself
     config.pluginmanager.register(_Substitution(config), "svf-substitution")
     _prepare_modules()
+    if COMPILE in MODULES:  # a compiler that was killed leaves broken files in the cache that all processes share
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
 
 
 def _prepare_modules() -> None:

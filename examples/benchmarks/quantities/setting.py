@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 
 # A CPU without AVX-512 multiplies bfloat16 matrices 5 to 80 times slower than float32 ones.
-SLOW_BFLOAT16 = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+SLOW_BFLOAT16 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 @dataclass(frozen=True)
