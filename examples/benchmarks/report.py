@@ -27,7 +27,7 @@ class Row:
         setting (`str`): Shape and dtype.
         values (`dict[str, Spread]`): By method, the names of `COLUMNS`.
         at_most (`float`, *optional*): The goal for SVF; none for rows that only inform.
-        why_missed (`str`): Printed if the goal is missed.
+        why_missed (`str`): Printed if the goal is missed by every single measurement.
         note (`str`): Printed in any case.
     """
 
@@ -45,7 +45,12 @@ class Row:
     def verdict(self) -> str:
         if self.met is None:
             return self.note
-        words = "met" if self.met else f"missed: {self.why_missed}" if self.why_missed else "missed"
+        if self.met:
+            words = "met"
+        elif self.values["SVF"].low <= self.at_most:
+            words = "missed by less than the measurements scatter"
+        else:
+            words = f"missed: {self.why_missed}"
         return f"{words}; {self.note}" if self.note else words
 
 

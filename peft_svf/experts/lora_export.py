@@ -29,10 +29,10 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_svf.experts.files import make_readable, replaced_folder
 from peft_svf.spectrum import sketch_distance, weight_sketch
+from peft_svf.tuner.adapted import adapted_layers
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.names import PEFT_PREFIX, name_in_base
-from peft_svf.tuner.parameter import adapted_layers
 
 
 SAME_WEIGHT = 1e-6  # relative difference up to which a basis counts as that of the weight

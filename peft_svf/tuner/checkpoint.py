@@ -10,13 +10,13 @@ from peft.tuners.tuners_utils import delete_adapter
 from peft.utils import _get_submodules
 from torch import nn
 
+from peft_svf.tuner.adapted import adapted_layers
 from peft_svf.tuner.base_check import collect_fingerprint
 from peft_svf.tuner.bases import common_source
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.distributed import keys_behind_wrappers
 from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.names import name_in_base
-from peft_svf.tuner.parameter import adapted_layers
 from peft_svf.tuner.saved_bases import export_bases, import_bases
 
 

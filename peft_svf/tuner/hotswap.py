@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils.hub import cached_file
 
+from peft_svf.tuner.adapted import adapted_name
 from peft_svf.tuner.base_check import check_base_model
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.names import PEFT_PREFIX, name_in_base
-from peft_svf.tuner.parameter import adapted_name
 
 
 OFFSET_SUFFIX = ".svf_offset.weight"

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
+from peft.utils.other import _set_adapter
 from torch import nn
 
+from peft_svf.tuner.adapted import adapted_layers, adapted_name, wrapping_modules
 from peft_svf.tuner.base_check import check_base_model, collect_fingerprint, compare_fingerprints
 from peft_svf.tuner.bases import compute_bases
 from peft_svf.tuner.checkpoint import complete_checkpoint, complete_offsets, take_bases
@@ -31,8 +33,6 @@ from peft_svf.tuner.mixture import check_mixture, mix_offsets
 from peft_svf.tuner.module_checks import ModuleChecks
 from peft_svf.tuner.parameter import (
     ParamWrapper,
-    adapted_layers,
-    adapted_name,
     check_nesting,
     no_mixed_batches,
     why_not_parameter,
@@ -248,6 +248,19 @@ class SVFModel(BaseTuner):
                     f"Cannot pass `adapter_names` when an adapter adapts '{name}': it sees tokens routed to it, not "
                     "rows; run one adapter at a time, or leave the experts out of the adapters"
                 )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter, or several, the active ones, as in [`~peft.PeftModel.set_adapter`]."""
+        # PEFT visits every module of the model, twice; in a large model that is most of the time.
+        for module in wrapping_modules(self.model):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                _set_adapter(module, adapter_name, inference_mode=inference_mode)
+            elif isinstance(module, SVFLayer):
+                if module.merged:
+                    warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
+                    module.unmerge()
+                module.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
 
     def set_strength(self, adapter_name: str, strength: float) -> None:
         """Apply the offsets of an adapter times `strength`: 0 is the base model, 1 the adapter as trained.

@@ -195,15 +195,6 @@ def innermost(module: nn.Module) -> nn.Module:
     return module
 
 
-def adapted_name(name: str, layer: SVFLayer) -> str:
-    """The name of what a layer adapts: of a module, or of a parameter however deep its wrapper is nested."""
-    if not isinstance(layer, ParamWrapper):
-        return name
-    while name.endswith(".base_layer"):
-        name = name.removesuffix(".base_layer")
-    return f"{name}.{layer.parameter_name}"
-
-
 def check_nesting(model: nn.Module, adapter_name: str) -> None:
     """Refuse an adapter whose checkpoint would not be the same on a fresh model.
 
@@ -245,12 +236,3 @@ def sketch_parameter(module: nn.Module, parameter_name: str) -> list[float] | No
     if parameter is None or parameter.is_meta or parameter.dtype not in DTYPES or parameter.dim() not in (2, 3):
         return None
     return weight_sketch(parameter) if parameter.dim() == 2 else sketch_of_stack([weight_sketch(m) for m in parameter])
-
-
-def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, SVFLayer]:
-    """The layers of `model` that have offsets of the adapter `adapter_name`, by module or parameter name."""
-    return {
-        adapted_name(name, layer): layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, SVFLayer) and adapter_name in layer.svf_offset
-    }
