@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_svf import SVFConfig
@@ -143,3 +144,11 @@ def test_an_adapter_of_a_model_with_several_is_saved_alone(stories_path: str, tm
         layer = model.base_model.model.model.layers[0].mlp.up_proj
         key = "base_model.model.model.layers.0.mlp.up_proj.svf_offset.weight"
         assert torch.equal(tensors[key], layer.svf_offset[name].weight.detach())
+
+
+def test_modules_of_the_base_that_are_called_like_svf_are_not_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"linear": nn.Linear(4, 4), "svf_linear": nn.Linear(4, 4), "my_svf_offset": nn.Linear(4, 4)})
+    get_peft_model(base, SVFConfig(target_modules=["linear", "svf_linear"], init_weights=False)).save_pretrained(tmp_path)
+    names = {f"base_model.model.{name}.svf_offset.weight" for name in ("linear", "svf_linear")}
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == names
