@@ -51,6 +51,7 @@ class SVFLayer(BaseTunerLayer):
     adapter_layer_names = ("svf_offset",)
     other_param_names = ("svf_strength",)
     active_adapters: list[str]
+    _active_adapter: str | list[str]
     svf_basis: torch.Tensor
     svf_singular_values: torch.Tensor
     svf_unmerged_weight: torch.Tensor | None
@@ -104,7 +105,8 @@ class SVFLayer(BaseTunerLayer):
         # What PEFT's own does; its general search for parameters takes three times as long.
         active = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name, offset in self.svf_offset.items():
-            offset._parameters["weight"].requires_grad_(name in active and not inference_mode)
+            weight: Any = offset._parameters["weight"]
+            weight.requires_grad_(name in active and not inference_mode)
         self._active_adapter = active
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -34,7 +34,8 @@ class Setting:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.shape.name}, {self.shape.layers} layers, {dtype}"
+        layers = "1 layer" if self.shape.layers == 1 else f"{self.shape.layers} layers"
+        return f"{self.shape.name}, {layers}, {dtype}"
 
     @property
     def slow(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -18,7 +19,7 @@ from quantities.setting import Setting
 
 TIME_GOAL, MEMORY_GOAL = 1.6, 1.15
 REFERENCE = "LoRA r16"
-MEMORY_BATCH = (4, 512)
+BATCH = (4, 512)
 COMPARED = [*METHODS, "U, S, V"]
 
 
@@ -29,7 +30,7 @@ def measure(setting: Setting) -> Iterator[Row]:
 
 
 def _time(setting: Setting) -> Row:
-    rows, length = setting.tokens(cuda=(8, 512), cpu=(4, 256), slow=(1, 16))
+    rows, length = setting.tokens(cuda=BATCH, cpu=BATCH, slow=(1, 16))
     tokens = random_tokens(rows, length, setting.device, setting.seed)
     steps = {name: _make_step(setting.adapted(name))(tokens) for name in COMPARED}
     found = ratios(setting.time(steps), REFERENCE)
@@ -44,13 +45,14 @@ def _time(setting: Setting) -> Row:
 
 
 def _peak(setting: Setting) -> Row:
-    rows, length = (2, 64) if setting.quick else MEMORY_BATCH
+    rows, length = (2, 64) if setting.quick else BATCH
     tokens = random_tokens(rows, length, setting.device, setting.seed)
     peaks = {}
     for name in COMPARED:  # one at a time: nothing else may be alive on the device
         model = setting.adapted(name)
         peaks[name] = peak_bytes(model, _make_step(model), tokens)
         del model
+        gc.collect()
     return Row(
         f"training step, {rows} × {length} tokens, peak memory, × of LoRA r16",
         str(setting),
