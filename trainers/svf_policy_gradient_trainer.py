@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import textwrap
 from collections.abc import Iterator
@@ -142,7 +143,7 @@ class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            peft_config=peft_config,
+            peft_config=copy.deepcopy(peft_config),  # PEFT writes into it
             **kwargs,
         )
         if self._is_vlm:

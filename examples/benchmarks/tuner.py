@@ -9,6 +9,7 @@ CPU cores; `--quick` is a smoke run of under a minute whose numbers mean nothing
 from __future__ import annotations
 
 import argparse
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,8 +85,10 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
     report = Report(describe_environment(arguments.device, arguments.processor_time))
+    start = time.perf_counter()
     for row in measure(arguments):
-        print(f"{row.setting} | {row.quantity} | SVF {row.values.get('SVF')} | {row.verdict()}", flush=True)
+        elapsed = time.perf_counter() - start
+        print(f"[{elapsed:.0f} s] {row.setting} | {row.quantity} | {row.values['SVF']} | {row.verdict()}", flush=True)
         report.rows.append(row)
         for path in arguments.output:  # after every row, so that an interrupted run leaves what it has
             report.write(path)
