@@ -99,6 +99,8 @@ class SVFModel(BaseTuner):
             del self.peft_config[adapter_name]
             self.targeted_module_names, self.targeted_parameter_names = targets_before
             raise
+        finally:
+            del self._checks, self._refused  # they hold the parameters, which FSDP replaces to free their memory
 
     def _prepare_bases(self, model: nn.Module, adapter_name: str, config: SVFConfig) -> None:
         layers = adapted_layers(model, adapter_name)

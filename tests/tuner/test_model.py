@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -237,6 +239,15 @@ def test_one_config_object_serves_two_models(tiny_llama: Build, tmp_path: Path) 
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(seed=0), tmp_path)), logits(first))
     with pytest.raises(ValueError, match="another base model"):
         PeftModel.from_pretrained(tiny_llama(seed=1), tmp_path)
+
+
+def test_the_tuner_keeps_no_parameter_alive_that_the_model_gives_up(tiny_llama: Build) -> None:
+    model = get_peft_model(tiny_llama(), SVFConfig())
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    old = weakref.ref(layer.weight)
+    layer.weight = nn.Parameter(layer.weight.detach().clone())  # as FSDP does it
+    gc.collect()
+    assert old() is None
 
 
 def test_model_with_adapters_can_be_deep_copied(tiny_llama: Build) -> None:
