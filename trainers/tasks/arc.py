@@ -32,6 +32,7 @@ def arc_row(row: Row) -> Row:
         "id": row["id"],
         "prompt": user_prompt(PROMPT.format(question=text_of(row, "question"), options=options)),
         "answer": answer,
+        "solution": f"The answer is {answer}.",  # the data gives no reasons
         "choices": {"text": texts, "label": labels},
     }
 

@@ -29,13 +29,15 @@ SOURCE = HubSource(
 
 def math_row(row: Row) -> Row:
     """
-    Prompt and answer of an official row; the answer is in the solution's last box.
+    Prompt, answer and solution of an official row; the answer is in the solution's last box.
 
     A solution without a box gives an empty answer, which the reward leaves unjudged.
     """
+    solution = text_of(row, "solution")
     return {
         "prompt": user_prompt(PROMPT.format(problem=text_of(row, "problem"))),
-        "answer": boxed_gold(text_of(row, "solution")) or "",
+        "answer": boxed_gold(solution) or "",
+        "solution": solution,
     }
 
 

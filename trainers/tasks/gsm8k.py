@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from peft_svf.trainers.rewards.math_answer import number_reward
 from peft_svf.trainers.rewards.numbers import parse_number
 from peft_svf.trainers.rewards.stated_answer import gsm8k_gold
@@ -15,17 +17,25 @@ PROMPT = """{question}
 
 Solve this step by step. Then end with the line "The answer is N.", where N is the number asked for."""
 
+CALCULATOR_NOTE = re.compile(r"<<[^<>]*>>")  # "4*2=<<4*2=8>>8": for a calculator, not for readers
+
 SOURCE = HubSource(
     "openai/gsm8k", "main", "740312add88f781978c0658806c59bc2815b9866", ("train", "test"), ("question", "answer")
 )
 
 
 def gsm8k_row(row: Row) -> Row:
-    """Prompt and answer of an official row; the answer is the number after `####`."""
-    answer = gsm8k_gold(text_of(row, "answer"))
+    """Prompt, answer and solution of an official row; the answer is the number after `####`."""
+    worked = text_of(row, "answer")
+    answer = gsm8k_gold(worked)
     if parse_number(answer) is None:
         raise ValueError(f"the answer after `####` is {answer!r}, not a number")
-    return {"prompt": user_prompt(PROMPT.format(question=text_of(row, "question"))), "answer": answer}
+    steps = CALCULATOR_NOTE.sub("", worked.rpartition("####")[0]).strip()
+    return {
+        "prompt": user_prompt(PROMPT.format(question=text_of(row, "question"))),
+        "answer": answer,
+        "solution": f"{steps}\nThe answer is {answer}.".lstrip(),
+    }
 
 
 GSM8K = Task(

@@ -59,6 +59,7 @@ def _row(problem: Problem) -> dict[str, Any]:
         "prompt": [{"role": "user", "content": problem.prompt}],
         "answer": problem.answer,
         "tests": list(problem.tests),
+        "solution": problem.careful,
     }
 
 
