@@ -95,6 +95,18 @@ def check_datasets(
                 _check_reward_columns(function, which, columns)
 
 
+def check_images(is_vlm: bool, train_dataset: AnyDataset | None, eval_dataset: EvalDataset) -> None:
+    """Raise if there are images but no processor for them: the chat template would leave them out or fail."""
+    for which, dataset in _named(train_dataset, eval_dataset):
+        columns = [name for name in ("image", "images") if name in (dataset.column_names or ())]
+        if columns and not is_vlm:
+            raise ValueError(
+                f"The {which} dataset has images in its column `{columns[0]}`, but `processing_class` is a tokenizer: "
+                "pass the processor of a vision-language model, `AutoProcessor.from_pretrained(...)`, or remove the "
+                "column."
+            )
+
+
 def _named(train_dataset: AnyDataset | None, eval_dataset: EvalDataset) -> Iterator[tuple[str, AnyDataset]]:
     if train_dataset is not None:
         yield "train", train_dataset

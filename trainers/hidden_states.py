@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,15 +28,54 @@ def add_hidden_states_output(model: nn.Module) -> None:
         if not return_hidden_states_only:
             return original(*args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes `labels=None`
-        return self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        with without_router_logits(self):
+            return self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
 
     model.forward = types.MethodType(forward, model)
 
 
+@contextlib.contextmanager
+def without_router_logits(model: nn.Module) -> Iterator[None]:
+    """Let mixtures of experts keep the outputs of their routers to themselves.
+
+    They are for an auxiliary loss, which is not part of this one, and with `output_router_logits=True` transformers
+    computes it, and fails, in every step of generation.
+    """
+    text_config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    wanted = getattr(text_config, "output_router_logits", None)
+    if not wanted:
+        yield
+        return
+    text_config.output_router_logits = False
+    try:
+        yield
+    finally:
+        text_config.output_router_logits = wanted
+
+
+def disable_functional_dropout(model: nn.Module) -> None:
+    """Turn off the dropout that TRL's `disable_dropout` does not see: rates kept as numbers (OPT, attention)."""
+    for module in model.modules():
+        for name, rate in vars(module).items():
+            if isinstance(rate, float) and ("dropout" in name or "layerdrop" in name or name.endswith("_pdrop")):
+                setattr(module, name, 0.0)
+
+
 def takes_position_ids(model: nn.Module) -> bool:
-    """Whether the backbone of `model` can be told positions (not, for example, with ALiBi)."""
+    """Whether the backbone of `model` is to be told positions.
+
+    Not with ALiBi, for example, and not where positions have several dimensions, which the model derives from images.
+    """
     backbone: Any = model.base_model
-    return "position_ids" in inspect.signature(backbone.forward).parameters
+    return "position_ids" in inspect.signature(backbone.forward).parameters and not hasattr(backbone, "get_rope_index")
+
+
+def padded_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Inputs of the backbone of `model` for left-padded rows, both tensors of shape `(batch, length)`."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if takes_position_ids(model):
+        inputs["position_ids"] = positions(attention_mask)
+    return inputs
 
 
 def positions(attention_mask: Tensor) -> Tensor:
@@ -58,6 +99,11 @@ def check_logits_follow_from_hidden_states(model: nn.Module) -> None:
     try:
         expected = model(input_ids=ids).logits.float().log_softmax(-1)
         hidden = model(input_ids=ids, return_hidden_states_only=True)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} does not give its hidden states ({error}): SVFPolicyGradientTrainer does not "
+            "support it."
+        ) from error
     finally:
         model.train(training)
     error = (LanguageModelHead.of(model).log_softmax(hidden, 1.0) - expected).abs().max().item()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -12,6 +11,8 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from peft_svf.trainers.advantages import Baseline
+from peft_svf.trainers.decoding import check_decoding
+from peft_svf.trainers.callbacks.guard_options import check_guard_options
 from peft_svf.trainers.token_scores import KLEstimator
 
 
@@ -44,7 +45,19 @@ OPTIONS_WITHOUT_EFFECT = (
     "use_bias_correction_kl",
     "router_aux_loss_coef",
     "use_liger_kernel",
+    "transformers_continuous_batching_config",
+    "label_smoothing_factor",
+    "train_sampling_strategy",
+    "length_column_name",
+    "data_seed",
+    "batch_eval_metrics",
 )
+# Options that would change the policy or the offsets behind the trainer's back, with what they do.
+OPTIONS_THAT_BREAK = {
+    "neftune_noise_alpha": "adds noise to the policy, so that the one that is scored is not the one that answered",
+    "bf16_full_eval": "casts the offsets to bfloat16 for good",
+    "fp16_full_eval": "casts the offsets to float16 for good",
+}
 PAPER_BATCH_SIZE = 256  # answers per optimizer step, Table 6 of arXiv 2501.06252
 
 
@@ -78,6 +91,10 @@ class SVFPolicyGradientConfig(GRPOConfig):
 
         num_generations (`int`, *optional*, defaults to `1`):
             Answers sampled for each prompt.
+        steps_per_generation (`int`, *optional*):
+            Micro-batches whose answers are generated in one call; a divisor of `gradient_accumulation_steps`. Unless
+            this or `generation_batch_size` is set, the largest whose answers fit into half of the free memory when
+            training starts. With `baseline="batch"` it is also what the baseline is the mean of.
         eval_temperature (`float`, *optional*, defaults to `0.0`):
             Sampling temperature in evaluation; 0 is greedy, so that two evaluations give the same numbers.
         num_generations_eval (`int`, *optional*, defaults to `1`):
@@ -93,6 +110,8 @@ class SVFPolicyGradientConfig(GRPOConfig):
             Learning-rate schedule.
         max_grad_norm (`float`, *optional*, defaults to `1e-3`):
             Gradient clipping norm.
+        weight_decay (`float`, *optional*, defaults to `0.0`):
+            Pulls the offsets towards 0, that is the policy towards the base model.
         gradient_accumulation_steps (`int`, *optional*, defaults to `8`):
             Micro-batches per optimizer step. One optimizer step learns from `per_device_train_batch_size` ×
             `gradient_accumulation_steps` × processes answers: 64 by default on one process.
@@ -105,6 +124,29 @@ class SVFPolicyGradientConfig(GRPOConfig):
             Needs an `eval_strategy`. Also evaluates before the first step (`eval_on_start`), so that the starting
             point, normally the base model, is a candidate, and saves a checkpoint at every evaluation (or, with
             `save_strategy="best"`, at every improvement).
+        early_stopping_patience (`int`, *optional*):
+            Stop after this many evaluations in a row without a new best checkpoint, the start included. Needs
+            `load_best_model_at_end=True`. By default training goes to its last step.
+
+        > Parameters that control the guards
+
+        zero_variance_patience (`int`, *optional*, defaults to `10`):
+            Warn, and say what to try, when all rewards have been the same for this many optimizer steps in a row: there
+            is nothing to learn from. With `baseline="group"`, the same within every group. 0 is never.
+        collapse_patience (`int`, *optional*, defaults to `10`):
+            Stop when, for this many optimizer steps in a row, nearly all answers have been cut off, or have shrunk to a
+            tenth, or are as random as no text is, or the KL is above `collapse_kl`, and the reward has lost what it had
+            gained. Ends at the best checkpoint with `load_best_model_at_end=True`, otherwise at the newest checkpoint
+            from before, or the start. Ten steps outlast a bad batch or two and cost little of a run. 0 is never.
+        collapse_kl (`float`, *optional*, defaults to `1.0`):
+            KL from the base model, in nats per token above that of the first step, which counts as a collapse if the
+            reward is lost too. Only with a `kl_coef`. Healthy runs stay below 0.1; at 1 the base model would find the
+            average token e times less likely than the policy does.
+
+        > Parameters that control logging
+
+        learning_curve (`bool`, *optional*, defaults to `True`):
+            Whether to write `learning_curve.csv` and, with matplotlib, `learning_curve.png` into `output_dir`.
     """
 
     baseline: Baseline = field(
@@ -127,11 +169,26 @@ class SVFPolicyGradientConfig(GRPOConfig):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     max_grad_norm: float = field(default=1e-3, metadata={"help": "Gradient clipping norm."})
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per optimizer step."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after this many evaluations without a new best checkpoint."}
+    )
+    zero_variance_patience: int = field(
+        default=10, metadata={"help": "Warn after this many steps in which all rewards were the same; 0 is never."}
+    )
+    collapse_patience: int = field(
+        default=10, metadata={"help": "Stop after this many steps of a collapsed policy; 0 is never."}
+    )
+    collapse_kl: float = field(
+        default=1.0, metadata={"help": "KL from the base model, in nats per token, that counts as a collapse."}
+    )
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 autocast; by default on accelerators that support it, not on CPU."}
     )
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Recompute activations; by default on accelerators, not on CPU."}
+    )
+    learning_curve: bool = field(
+        default=True, metadata={"help": "Write `learning_curve.csv` and, with matplotlib, `learning_curve.png`."}
     )
 
     @classmethod
@@ -173,6 +230,7 @@ class SVFPolicyGradientConfig(GRPOConfig):
         return cls(output_dir, **options)
 
     def __post_init__(self) -> None:
+        self.chooses_steps_per_generation = self.steps_per_generation is None and self.generation_batch_size is None
         if self.bf16 is None:  # GRPOConfig would turn it on and then fail on a machine without a GPU
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.load_best_model_at_end:
@@ -191,6 +249,7 @@ class SVFPolicyGradientConfig(GRPOConfig):
             if hasattr(self, new_name):
                 self.activation_checkpointing = self.gradient_checkpointing
         self._check_loss_options()
+        check_guard_options(self)
         self._check_generation_options()
         self._refuse_options_without_effect()
 
@@ -228,8 +287,8 @@ class SVFPolicyGradientConfig(GRPOConfig):
         if self.num_iterations != 1 or self.gradient_accumulation_steps % self.steps_per_generation:
             raise ValueError(
                 "REINFORCE learns from answers of the current policy: `num_iterations` must be 1 and "
-                f"`steps_per_generation` ({self.steps_per_generation}) must divide `gradient_accumulation_steps` "
-                f"({self.gradient_accumulation_steps})."
+                f"`steps_per_generation` ({self.steps_per_generation}; or what follows from `generation_batch_size`) "
+                f"must divide `gradient_accumulation_steps` ({self.gradient_accumulation_steps})."
             )
 
     def _check_generation_options(self) -> None:
@@ -245,21 +304,16 @@ class SVFPolicyGradientConfig(GRPOConfig):
         for name in ("use_transformers_continuous_batching", "use_transformers_paged"):
             if getattr(self, name, False):
                 raise ValueError(f"`{name}` casts the offsets to bfloat16 for good and is not supported: remove it.")
-        filters = {"top_p": (1.0, None), "top_k": (0, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None)}
-        options = {**{name: getattr(self, name) for name in filters}, **(self.generation_kwargs or {})}
-        filtering = [name for name, neutral in filters.items() if options[name] not in neutral]
-        if filtering:
-            warnings.warn(
-                f"Answers sampled with {', '.join(f'`{name}`' for name in filtering)} do not follow the policy whose "
-                "log-probabilities are trained: the gradient is biased.",
-                stacklevel=4,
-            )
+        check_decoding(self)
 
     def _refuse_options_without_effect(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
         for name in OPTIONS_WITHOUT_EFFECT:
             if name in defaults and getattr(self, name) != defaults[name]:
                 raise ValueError(f"`{name}` has no effect in SVFPolicyGradientTrainer: remove it.")
+        for name, harm in OPTIONS_THAT_BREAK.items():
+            if name in defaults and getattr(self, name) != defaults[name]:
+                raise ValueError(f"`{name}` {harm}: remove it.")
 
     def _check_vllm_importance_sampling(self) -> None:
         """The checks that follow the refused group size in `GRPOConfig.__post_init__` (TRL 1.16)."""

@@ -14,27 +14,38 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import GRPOTrainer
 
 from peft_svf.hub_cards import ExpertCardData, write_expert_card
 from peft_svf.trainers import checks
 from peft_svf.trainers.advantages import subtract_baseline
+from peft_svf.trainers.answer_metrics import EvalAnswers, lengths_and_ends, score_metrics
 from peft_svf.trainers.best_checkpoint import StartIsACandidate
+from peft_svf.trainers.callbacks.parameter_checks import ParameterChecks
+from peft_svf.trainers.checkpoints import AtomicCheckpoints
+from peft_svf.trainers.distributed import forget_evaluation, whole_head
+from peft_svf.trainers.completion_tables import CompletionTables
 from peft_svf.trainers.decoding import decoding_temperature
+from peft_svf.trainers.finite_loss import StopsOnNonFinite
+from peft_svf.trainers.generation_memory import StepsPerGenerationThatFit
 from peft_svf.trainers.hidden_states import (
     add_hidden_states_output,
     check_logits_follow_from_hidden_states,
     positions,
     takes_position_ids,
 )
+from peft_svf.trainers.kl_sweep import KLSweep
 from peft_svf.trainers.reward_metrics import exact_reward_metrics, mean_of_batches, total_rewards
+from peft_svf.trainers.rollouts import MergedRollouts, check_vllm, disable_all_dropout
+from peft_svf.trainers.rollout_guards import GuardsRollouts
 from peft_svf.trainers.svf_policy_gradient_config import SVFPolicyGradientConfig
 from peft_svf.trainers.token_scores import LanguageModelHead, TokenScores, score_tokens
+from peft_svf.trainers.training_logs import TrainingLogs
 from peft_svf.tuner import SVFConfig
 
 
-class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
+class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, GuardsRollouts, TrainingLogs, CompletionTables, StartIsACandidate, MergedRollouts, StepsPerGenerationThatFit, GRPOTrainer):
     r"""
     Trainer for experts by singular value fine-tuning (SVF) with policy gradients, as in Transformer²: Self-adaptive
     LLMs ([2501.06252](https://huggingface.co/papers/2501.06252)).
@@ -50,7 +61,10 @@ class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
     a candidate for the best checkpoint.
 
     Logs `policy_loss`, `entropy` and, with a `kl_coef`, `kl` (mean over tokens) and `kl_sequence` (sum over tokens,
-    what `kl_coef` multiplies) in addition to GRPO's `reward`, `rewards/<function>/mean` and `completions/*`.
+    what `kl_coef` multiplies) in addition to GRPO's `reward`, `rewards/<function>/mean` and `completions/*`, how far
+    the singular values have moved (`z/rms_change`, `z/max_change`, and with evaluations `z/layers/<index>` and
+    `z/modules/<name>`) and `tokens_per_second`. Writes `learning_curve.csv` and, with matplotlib,
+    `learning_curve.png`; with `log_completions=True`, prints completions and writes them to `completions/*.parquet`.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -129,6 +143,7 @@ class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
         if not isinstance(args, SVFPolicyGradientConfig):
             raise TypeError(f"`args` must be an SVFPolicyGradientConfig, not a {type(args).__name__}.")
         checks.check_model(model, peft_config, args.trust_remote_code)
+        check_vllm(model, args, peft_config, kwargs.get("quantization_config"))
         owns_data = bool(
             kwargs.get("rollout_func") or kwargs.get("environment_factory")
         )  # columns are made on the way
@@ -149,6 +164,9 @@ class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
         if self._is_vlm:
             raise ValueError("Processors with images are not supported: pass the tokenizer as `processing_class`.")
         self._keep_float32(given)
+        if args.disable_dropout:
+            disable_all_dropout(self.model)
+        self.add_callback(ParameterChecks(self))  # the last, to see what others did
         self._start = checks.trainable_snapshot(self.model)
         self._adapter_layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
         self._refuse_merged()
@@ -163,6 +181,7 @@ class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
         self._is_svf = all(isinstance(config, SVFConfig) for config in configs)
         self._generates_merged = self._is_svf and not (sharded or quantized or self.use_vllm)
         self._eval_rewards: list[Tensor] = []  # gathered (answers, reward functions), in the order of the sampler
+        self._eval_answers = EvalAnswers()
 
     def _keep_float32(self, given: dict[str, Tensor]) -> None:
         """Undo TRL's cast of adapters on quantized models to bfloat16, in which small updates are lost."""
@@ -171,21 +190,10 @@ class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
                 parameter.data = given.get(name, parameter.data).to(parameter.device, torch.float32)
         checks.check_trainable(self.model)
 
-    def _refuse_merged(self) -> None:
-        if any(layer.merged for layer in self._adapter_layers):
-            raise RuntimeError("The adapter is merged into the base weights: call `model.unmerge_adapter()` first.")
-
-    # -- answers -----------------------------------------------------------------------------------------------------
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate from merged weights, at the price of the base model, and put the original weights back."""
-        if not self._generates_merged:
-            return super()._generate_single_turn(*args, **kwargs)
-        tuner = self.accelerator.unwrap_model(self.model).base_model
-        try:
-            tuner.merge_adapter()
-            return super()._generate_single_turn(*args, **kwargs)
-        finally:
-            tuner.unmerge_adapter()
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As [`~transformers.Trainer.train`], also after `evaluate()` in several processes."""
+        forget_evaluation(self)
+        return super().train(*args, **kwargs)
 
     # -- rewards to advantages ---------------------------------------------------------------------------------------
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -210,6 +218,10 @@ class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
             self._metrics["train" if training else "eval"].pop("frac_reward_zero_std", None)  # always 1 here
         if not training:
             self._eval_rewards.append(self._rewards_per_func)
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            endings = [*self.eos_token_ids, tokenizer.pad_token_id]
+            lengths = lengths_and_ends(output, endings)
+            self._eval_answers.add({name: self.accelerator.gather(values) for name, values in lengths.items()})
         return output
 
     # -- loss --------------------------------------------------------------------------------------------------------
@@ -231,22 +243,28 @@ class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
         if training and "importance_sampling_ratio" in inputs:  # vLLM's policy is not quite ours; (B, 1) or (B, T)
             log_probs = log_probs * inputs["importance_sampling_ratio"].expand(valid.shape)[valid]
         policy_loss = -advantages * per_answer(log_probs)  # (B,)
+        parts = {"tokens": valid.sum(1), "policy_loss": policy_loss, "entropy": per_answer(scores.entropy)}
         loss = policy_loss.mean()
-        if scores.kl is not None and estimator != "k1_reward":
-            loss = loss + coef * per_answer(scores.kl).mean()
-
-        tokens = valid.sum().clamp(min=1)
-        self._record("policy_loss", policy_loss)
-        self._record("entropy", scores.entropy.sum() / tokens)
         if scores.kl is not None:
-            self._record("kl", scores.kl.sum() / tokens)
-            self._record("kl_sequence", per_answer(scores.kl))
+            parts["kl"] = per_answer(scores.kl)
+            if estimator != "k1_reward":
+                loss = loss + coef * parts["kl"].mean()
+        self._record(parts, inputs["num_items_in_batch"])
         return loss / self.current_gradient_accumulation_steps if training else loss
 
-    def _record(self, name: str, values: Tensor) -> None:
-        """Add the mean of `values` over all processes to the metrics of the running mode."""
-        mean = self.accelerator.gather(values.detach()).mean().item()
-        self._metrics["train" if self.model.training else "eval"][name].append(mean)
+    def _record(self, parts: dict[str, Tensor], batch_tokens: Tensor) -> None:
+        """Add the parts of the loss of each answer, of all processes, to the metrics of the running mode.
+
+        In training the answers are one micro-batch of several, whose tokens together are `batch_tokens`.
+        """
+        columns = self.accelerator.gather(torch.stack([part.detach().float() for part in parts.values()], dim=1))
+        answers = dict(zip(parts, columns.unbind(1), strict=True))
+        training = self.model.training
+        if not training:
+            self._eval_answers.add(answers)
+        tokens = batch_tokens / self.args.steps_per_generation if training else None
+        for name, value in score_metrics(answers, tokens).items():
+            self._metrics["train" if training else "eval"][name].append(value)
 
     def _score(self, model: nn.Module, inputs: dict[str, Any], valid: Tensor) -> TokenScores:
         """Scores of the sampled tokens marked in `valid`, with a KL if there is a `kl_coef`."""
@@ -270,7 +288,7 @@ class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
         return score_tokens(
             hidden_states(),
             inputs["completion_ids"][valid],
-            LanguageModelHead.of(self._base_model),
+            whole_head(LanguageModelHead.of(self._base_model)),
             self.temperature,
             reference,
             self.args.kl_estimator,
@@ -292,13 +310,17 @@ class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
     ) -> EvalLoopOutput:
         """Means over answers instead of over batches, and one name per eval dataset."""
         self._eval_rewards.clear()
+        self._eval_answers.clear()
         self._metrics["eval"].clear()
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         sizes = [len(rewards) for rewards in self._eval_rewards]
         per_func = torch.cat(self._eval_rewards)
         if hasattr(dataloader.dataset, "__len__"):  # the last distributed batch is filled up with scored samples
             per_func = per_func[: len(dataloader.dataset) * self.num_generations_eval]
-        exact = exact_reward_metrics(per_func, self.reward_weights, self.reward_func_names)
+        n = self.num_generations_eval
+        exact = exact_reward_metrics(per_func, self.reward_weights, self.reward_func_names, n)
+        self._keep_validation_rewards(metric_key_prefix, total_rewards(per_func, self.reward_weights))
+        exact |= self._eval_answers.metrics(len(per_func))
         metrics = self._metrics["eval"]
         dataset_name = metric_key_prefix.removeprefix("eval").removeprefix("_")  # GRPO logs each as `eval_reward`
         for key in list(metrics):
@@ -308,6 +330,8 @@ class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
             elif len(values) == len(sizes) and "/min" not in key and "/max" not in key:
                 values = mean_of_batches(values, sizes)
             metrics[f"{dataset_name}_{key}" if dataset_name else key] = values
+        penalty = exact.get("kl_sequence", 0.0) if self.args.kl_estimator != "k1_reward" else 0.0
+        exact["loss"] = exact["policy_loss"] + self.args.kl_coef * penalty
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in exact.items()})
         return output
 
@@ -331,7 +355,7 @@ class SVFPolicyGradientTrainer(StartIsACandidate, GRPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the expert with its card, last: PEFT rewrites the metadata of any card that it finds."""
         super()._save(output_dir, state_dict)
-        if self._is_svf:
+        if self._is_svf and self.args.should_save:
             write_expert_card(output_dir or self.args.output_dir, self._card_facts())
 
     def _card_facts(self, model_name: str | None = None, dataset_name: str | None = None) -> ExpertCardData:

@@ -1,8 +1,8 @@
 """Log-probability, entropy and KL divergence of sampled tokens, from hidden states in chunks.
 
 Logits of shape (tokens, vocabulary) never exist whole: each chunk of tokens is projected, scored and, in training,
-projected again during the backward pass. Everything after the hidden states is computed in float32: in bfloat16 the
-rounding of `log_softmax` alone looks like 5e-3 nats of KL per token.
+projected again during the backward pass. Everything after the hidden states is computed in float32 (float64 states
+keep their precision): in bfloat16 the rounding of `log_softmax` alone looks like 5e-3 nats of KL per token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_LOGITS_PER_CHUNK = 2**26
 
 
 class TokenScores(NamedTuple):
-    """Scores of `n` tokens, each of shape `(n,)`, float32, in nats; `kl` is None when there is no reference."""
+    """Scores of `n` tokens, each `(n,)`, float32 or better, in nats; `kl` is None when there is no reference."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -57,10 +57,14 @@ class LanguageModelHead:
         return cls(head.weight, getattr(head, "bias", None), scale, softcap)
 
     def log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
-        """Log-probabilities of the whole vocabulary at `temperature`: `(n, hidden)` to `(n, vocabulary)`, float32."""
-        bias = None if self.bias is None else self.bias.float()
+        """Log-probabilities of the whole vocabulary at `temperature`: `(n, hidden)` to `(n, vocabulary)`.
+
+        In float32, or in float64 where the hidden states are.
+        """
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(hidden.float(), self.weight.float(), bias) * self.scale
+            logits = F.linear(hidden.to(dtype), self.weight.to(dtype), bias) * self.scale
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             return torch.log_softmax(logits / temperature, dim=-1)

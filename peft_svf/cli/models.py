@@ -1,0 +1,92 @@
+"""Loading what the commands work with: base models, in any precision, and their tokenizers or processors."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, ProcessorMixin
+
+from peft_svf.trainers.answering import Processor
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """
+    Which base model, and how to load it.
+
+    Args:
+        name (`str`): A folder, or an id on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        dtype (`str`, *optional*, defaults to `"auto"`): Name of a dtype; `"auto"` is that of the checkpoint.
+        load_in_4bit, load_in_8bit (`bool`, *optional*, defaults to `False`): Quantize with bitsandbytes.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with the checkpoint.
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: str = "auto"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are quantized on loading."""
+        return self.load_in_4bit or self.load_in_8bit
+
+    def check(self) -> None:
+        """Raise a `ValueError` if a package is missing, and an `OSError` if there is no such model."""
+        if self.is_quantized and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "loading in 4 or 8 bits needs bitsandbytes, which is not installed: pip install "
+                "'peft-svf[quantization]'"
+            )
+        self._config()
+
+    def load(self) -> Any:
+        """The model: a causal language model, or the vision-language model that the checkpoint is."""
+        architecture = getattr(transformers, (self._config().architectures or [""])[0], None)
+        generates = architecture is not None and callable(getattr(architecture, "generate", None))
+        loader: Any = architecture if generates else AutoModelForCausalLM
+        options = self._quantization() if self.is_quantized else {}
+        return loader.from_pretrained(self.name, dtype=self.dtype, **self._origin(), **options)
+
+    def load_processor(self) -> Processor:
+        """The checkpoint's processor, or its tokenizer if it has no processor."""
+        return AutoProcessor.from_pretrained(self.name, padding_side="left", truncation_side="left", **self._origin())
+
+    def _config(self) -> Any:
+        return AutoConfig.from_pretrained(self.name, **self._origin())
+
+    def _origin(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    def _quantization(self) -> dict[str, Any]:
+        compute = torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype)
+        config = BitsAndBytesConfig(
+            load_in_4bit=self.load_in_4bit,
+            load_in_8bit=self.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+        return {"quantization_config": config, "device_map": {"": PartialState().device}}
+
+
+def for_rows(processor: Processor, columns: list[str]) -> Processor:
+    """The processor if rows have images, else its tokenizer, which text alone needs."""
+    has_images = bool({"image", "images"} & set(columns))
+    if has_images and not isinstance(processor, ProcessorMixin):
+        raise ValueError(
+            "the task has images, but the model has no processor for them: choose a vision-language model"
+        )
+    if has_images or not isinstance(processor, ProcessorMixin):
+        return processor
+    tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
+    tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
+    return tokenizer

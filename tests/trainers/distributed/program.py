@@ -1,0 +1,297 @@
+"""What the processes of test_distributed.py do: training runs that are the same whatever the number of processes.
+
+Started by `accelerate launch program.py FOLDER SCENARIO...`; every process leaves <scenario>.<rank>.json (facts) and
+<scenario>.<rank>.safetensors (offsets) in the folder. The tests call the same scenarios in their own, single process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+os.environ["OMP_NUM_THREADS"] = "1"
+if sys.platform == "linux":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look up the name of the machine
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
+from transformers import PrinterCallback, TrainerCallback
+
+from peft_svf import SVFConfig
+from peft_svf.trainers import SVFPolicyGradientConfig, SVFPolicyGradientTrainer
+
+
+def load_builders() -> Any:
+    """The tiny model, its tokenizer and its prompts, from the fixtures of tests/trainers."""
+    spec = importlib.util.spec_from_file_location("builders", Path(__file__).parents[1] / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+builders = load_builders()
+GLOBAL_BATCH = 8  # answers per optimizer step, over all processes
+STEPS = 5
+END = 2
+Facts = dict[str, Any]
+Result = tuple[Facts, dict[str, Tensor]]
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Scripted(SVFPolicyGradientTrainer):
+    """Answers depend on the prompt and the step alone, so that every number of processes sees the same ones."""
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        prompts = [tuple(map(int, ids)) for ids in prompt_ids]
+        return [answer(p, self.state.global_step, prompts[:i].count(p)) for i, p in enumerate(prompts)], None
+
+
+def answer(prompt: tuple[int, ...], step: int, repetition: int) -> list[int]:
+    """One to six words; one in four is cut off, that is, has no end."""
+    source = random.Random(f"{prompt} {step} {repetition}")
+    words = [source.randrange(5, 28) for _ in range(source.randrange(1, 6))]
+    return words if source.random() < 0.25 else [*words, END]
+
+
+def settings(folder: Path, accumulation: int = 1, **options: Any) -> SVFPolicyGradientConfig:
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": GLOBAL_BATCH // world() // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "per_device_eval_batch_size": 8 // world(),
+        "max_completion_length": 6,
+        "max_steps": STEPS,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "learning_rate": 0.05,
+        "max_grad_norm": 0.5,  # clips some steps and not others
+        "kl_coef": 0.3,
+    }
+    return SVFPolicyGradientConfig(**{**defaults, **options})
+
+
+def make(
+    folder: Path,
+    trainer_class: type[SVFPolicyGradientTrainer] = Scripted,
+    arguments: dict[str, Any] | None = None,
+    **options: Any,
+) -> SVFPolicyGradientTrainer:
+    defaults = {
+        "model": builders.build_model(),
+        "reward_funcs": builders.even_digits,
+        "train_dataset": builders.prompts(64),
+        "eval_dataset": builders.prompts(21, shift=3),
+        "processing_class": builders.build_tokenizer(),
+        "peft_config": SVFConfig(),
+    }
+    trainer = trainer_class(**{**defaults, **(arguments or {})}, args=settings(folder, **options))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def offsets(trainer: SVFPolicyGradientTrainer) -> dict[str, Tensor]:
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone().contiguous()
+        for name, p in trainer.model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def facts_of(trainer: SVFPolicyGradientTrainer) -> Facts:
+    return {
+        "processes": trainer.accelerator.num_processes,
+        "backend": distributed.get_backend() if distributed.is_initialized() else None,
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "history": trainer.state.log_history,
+        "dtypes": sorted({str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}),
+        "sharded": all(isinstance(p, DTensor) for p in trainer.model.parameters() if p.requires_grad),
+    }
+
+
+def curve(folder: Path, **options: Any) -> Result:
+    """A whole run: cosine schedule, clipping, KL, answers of different lengths."""
+    trainer = make(folder, **options)
+    trainer.train()
+    return facts_of(trainer), offsets(trainer)
+
+
+def by_row(completions: list[Any], index: list[int], **kwargs: Any) -> list[float | None]:
+    """Every third row cannot be judged."""
+    return [None if i % 3 == 0 else (1.0 if i % 2 else -1.0) for i in index]
+
+
+def evaluation(folder: Path) -> Result:
+    """21 and 6 rows, which no batch size divides; decoded greedily, before and after two steps."""
+    datasets = {"valid": builders.prompts(21, shift=3), "other": builders.prompts(6, shift=1)}
+    arguments = {"eval_dataset": datasets, "reward_funcs": [builders.even_digits, by_row]}
+    trainer = make(folder, GreedyInEvaluation, arguments, max_steps=2)
+    builders.randomize_offsets(trainer.model)
+    metrics = [trainer.evaluate()]
+    trainer.train()
+    return {**facts_of(trainer), "metrics": [*metrics, trainer.evaluate()]}, offsets(trainer)
+
+
+class GreedyInEvaluation(Scripted):
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        skipped = Scripted if not self.model.training else SVFPolicyGradientTrainer
+        method = super(skipped, self)._generate_single_turn if not self.model.training else super()._generate_single_turn
+        return method(*args, **kwargs)
+
+
+class ScriptedScores(TrainerCallback):
+    """A reward that is `scores[k]` in the k-th evaluation of this process, and ±1 by row in training."""
+
+    def __init__(self, scores: list[float]) -> None:
+        self.scores = scores
+        self.evaluations = 0
+        self.trainer: SVFPolicyGradientTrainer
+
+    def reward(self, completions: list[Any], index: list[int], **kwargs: Any) -> list[float]:
+        if self.trainer.model.training:
+            return [1.0 if i % 2 else -1.0 for i in index]
+        return [self.scores[self.evaluations]] * len(completions)
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.evaluations += 1
+
+
+def best(folder: Path, scores: list[float], **options: Any) -> Result:
+    """Six steps from an expert that is not the base model, with an evaluation at 0, 2, 4 and 6."""
+    script = ScriptedScores(scores)
+    trainer = make(
+        folder,
+        Scripted,
+        {"reward_funcs": script.reward, "callbacks": [script]},
+        **{"max_steps": 6, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, **options},
+    )
+    script.trainer = trainer
+    before = offsets(trainer)
+    trainer.train()
+    trainer.save_model(str(folder / "expert"))
+    facts = {
+        **facts_of(trainer),
+        "best_step": trainer.state.best_global_step,
+        "best_metric": trainer.state.best_metric,
+        "is_start": all(torch.equal(before[name], value) for name, value in offsets(trainer).items()),
+    }
+    return facts, offsets(trainer)
+
+
+def resumed(folder: Path) -> Result:
+    """Four steps at once, and two, from the checkpoint of the second."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make(folder, **options)
+    whole.train()
+    rest = make(folder, **options)
+    rest.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    same = all(torch.equal(value, offsets(whole)[name]) for name, value in offsets(rest).items())
+    return {**facts_of(rest), "same": same, "whole": whole.state.log_history}, offsets(rest)
+
+
+class Spy:
+    """even_digits, remembering the answers of this process."""
+
+    __name__ = "even_digits"
+
+    def __init__(self) -> None:
+        self.answers: list[list[str]] = []
+
+    def __call__(self, completions: list[Any], **kwargs: Any) -> list[float]:
+        self.answers.append([completion[0]["content"] for completion in completions])
+        return builders.even_digits(completions, **kwargs)
+
+
+def sampled(folder: Path) -> Result:
+    """Real answers, from merged weights: it learns, and processes do not sample the same answers to one prompt."""
+    spy = Spy()
+    same = Dataset.from_list([dict(row) for row in builders.prompts(1)] * 512)
+    trainer = make(
+        folder,
+        SVFPolicyGradientTrainer,
+        {"reward_funcs": spy, "train_dataset": same},
+        per_device_train_batch_size=64 // world(),
+        max_steps=15,
+        learning_rate=0.1,
+        max_grad_norm=1.0,
+        kl_coef=0.01,
+    )
+    base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer.train()
+    unchanged = all(torch.equal(p, base[n]) for n, p in trainer.model.named_parameters() if n in base)
+    return {**facts_of(trainer), "answers": spy.answers[0], "base_unchanged": unchanged}, offsets(trainer)
+
+
+SCENARIOS: dict[str, Callable[[Path], Result]] = {
+    "curve": curve,
+    "no KL": lambda folder: curve(folder, kl_coef=0.0, baseline="none"),
+    "group": lambda folder: curve(folder, baseline="group", num_generations=2),
+    "k1 reward": lambda folder: curve(folder, kl_estimator="k1_reward"),
+    "masked": lambda folder: curve(folder, mask_truncated_completions=True),
+    "unjudged": lambda folder: curve(folder, arguments={"reward_funcs": by_row}),
+    "accumulated": lambda folder: curve(folder, accumulation=4 // world()),
+    "evaluation": evaluation,
+    "best": lambda folder: best(folder, [0.5, 0.2, 0.9, 0.4]),
+    "start is best": lambda folder: best(folder, [0.5, 0.2, 0.3, 0.4]),
+    "resumed": resumed,
+    "sampled": sampled,
+}
+
+
+def switch_fsdp_on() -> None:
+    """accelerate turns FSDP on only where there are GPUs; everything behind this switch runs on the CPU too."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def with_fsdp(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if "fsdp_plugin" not in AcceleratorState._shared_state:
+            for state in (PartialState, AcceleratorState):
+                state._shared_state["distributed_type"] = DistributedType.FSDP
+            plugin = FullyShardedDataParallelPlugin()  # from the environment of `accelerate launch`
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
+            AcceleratorState._shared_state["fsdp_plugin"] = plugin
+            self.__dict__ = AcceleratorState._shared_state
+
+    AcceleratorState.__init__ = with_fsdp  # type: ignore[method-assign]
+
+
+def leave(folder: Path, scenario: str, rank: int, result: Result) -> None:
+    facts, tensors = result
+    save_file(tensors, folder / f"{scenario}.{rank}.safetensors")
+    (folder / f"{scenario}.{rank}.json").write_text(json.dumps(facts))
+
+
+def main() -> None:
+    folder, *scenarios = sys.argv[1:]
+    rank = int(os.environ["RANK"])
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
+        switch_fsdp_on()
+    for scenario in scenarios:
+        leave(Path(folder), scenario, rank, SCENARIOS[scenario](Path(folder) / scenario))
+    distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # without the clean-up of libraries, which takes seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Answers of a model to prompts: rendering, padding and generation, nothing of it left to the model's own settings."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
+
+from peft_svf.trainers.rewards.reward import Messages, answer_text
+
+
+Processor: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
+Prompt: TypeAlias = str | Messages
+
+
+def plain_prompt(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A chat as a text, for models without a chat template: what the messages say, empty lines between them.
+
+    Ends with a line break, behind which the model goes on.
+    """
+    return "\n\n".join(answer_text([dict(message)]).strip() for message in messages) + "\n"
+
+
+@dataclass
+class AnswerGenerator:
+    """Renders prompts and generates answers; `ready` puts the model into the state that `answers` needs."""
+
+    model: Any
+    processing_class: Processor
+    max_new_tokens: int
+    temperature: float
+    chat_template_kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.has_processor = isinstance(self.processing_class, ProcessorMixin)
+        self.tokenizer: Any = self.processing_class.tokenizer if self.has_processor else self.processing_class
+
+    def render(self, prompt: Prompt) -> tuple[str, bool]:
+        """The text of a prompt, and whether the tokenizer has to add its special tokens, as TRL does for texts."""
+        if isinstance(prompt, str):
+            return prompt, True
+        if not self.processing_class.chat_template:
+            return plain_prompt(prompt), True
+        chat = self._structured(prompt) if self.has_processor else prompt
+        text = self.processing_class.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
+        )
+        return str(text), False
+
+    @contextlib.contextmanager
+    def ready(self, seed: int) -> Iterator[None]:
+        """Eval mode, a seed of its own, and nothing of the model's generation config but its end tokens."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        holders = [
+            holder for holder in (self.model, base) if "generation_config" in vars(holder)
+        ]  # PEFT keeps its own
+        saved = [(holder, holder.generation_config) for holder in holders]
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        neutral, training = self._generation_config(base.generation_config), self.model.training
+        self.model.eval()
+        try:
+            for holder in holders:
+                holder.generation_config = neutral
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(seed)
+                yield
+        finally:
+            for holder, config in saved:
+                holder.generation_config = config
+            self.model.train(training)
+
+    def _generation_config(self, own: GenerationConfig) -> GenerationConfig:
+        ends = [] if own.eos_token_id is None else own.eos_token_id
+        ends = [ends] if isinstance(ends, int) else list(ends)
+        if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in ends:
+            ends.append(self.tokenizer.eos_token_id)
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=ends or None,
+            bos_token_id=own.bos_token_id,
+            pad_token_id=self._pad_token_id(),
+            **(sampling if self.temperature > 0 else {"do_sample": False}),
+        )
+
+    def _pad_token_id(self) -> int:
+        """Any token will do: the attention mask hides it, and what follows an end token is cut off."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in candidates if token is not None)
+
+    def answers(
+        self, texts: Sequence[tuple[str, bool]], prompts: Sequence[Prompt], images: Sequence[Any] | None = None
+    ) -> list[str]:
+        """Answers to one batch; halves of it if it does not fit into memory."""
+        try:
+            return self._generate(self._inputs(texts, prompts, images))
+        except RuntimeError as error:
+            if len(texts) == 1 or not should_reduce_batch_size(error):
+                raise
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = len(texts) // 2
+        parts = (slice(0, half), slice(half, None))
+        return [
+            answer
+            for part in parts
+            for answer in self.answers(texts[part], prompts[part], None if images is None else images[part])
+        ]
+
+    def _inputs(
+        self, texts: Sequence[tuple[str, bool]], prompts: Sequence[Prompt], images: Sequence[Any] | None
+    ) -> dict[str, Tensor]:
+        if images is not None:
+            return self._inputs_with_images(prompts, images)
+        rows = [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in texts]
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self._pad_token_id())
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):  # on the left, so that every row is continued at its end
+            ids[i, longest - len(row) :] = torch.tensor(row, dtype=ids.dtype)
+            mask[i, longest - len(row) :] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _inputs_with_images(self, prompts: Sequence[Prompt], images: Sequence[Any]) -> dict[str, Tensor]:
+        if not self.has_processor:
+            raise ValueError(
+                "The dataset has images: pass the model's processor (`AutoProcessor`), not its tokenizer."
+            )
+        chats = [
+            self._structured(prompt, picture if isinstance(picture, list) else [picture])
+            for prompt, picture in zip(prompts, images, strict=True)
+        ]
+        inputs = self.processing_class.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+            **self.chat_template_kwargs,
+        )
+        return dict(inputs)  # type: ignore[arg-type]
+
+    def _structured(self, prompt: Prompt, images: list[Any] | None = None) -> list[dict[str, Any]]:
+        """Messages as processors take them, images before the first question, as TRL's trainers put them."""
+        from trl.data_utils import prepare_multimodal_messages
+
+        chat: list[dict[str, Any]] = prepare_multimodal_messages(list(prompt), images=images)
+        return chat
+
+    def _generate(self, inputs: dict[str, Tensor]) -> list[str]:
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        output = self.model.generate(**inputs)
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        answers: list[str] = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        return answers
