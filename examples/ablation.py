@@ -22,9 +22,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
@@ -155,6 +155,7 @@ def shared_options(setting: Setting, folder: str, learning_rate: float, seed: in
         "seed": seed,
         "report_to": "none",
         "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "bf16": torch.cuda.is_available(),
         "gradient_checkpointing": torch.cuda.is_available(),
     }
@@ -181,6 +182,7 @@ def train_by_policy_gradient(
         processing_class=setting.load_tokenizer(),
         peft_config=method.adapter(),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer.model
 
@@ -196,6 +198,7 @@ def train_by_next_token(setting: Setting, method: Method, learning_rate: float, 
         processing_class=setting.load_tokenizer(),
         peft_config=method.adapter(),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer.model
 
@@ -265,7 +268,7 @@ def evaluate_base(setting: Setting) -> list[bool]:
 def markdown(base: Sequence[bool], results: Sequence[Result]) -> str:
     """Success before and after; intervals (95 %) are bootstrapped over seeds and prompts, gains are paired."""
     lines = [
-        "| method | learning rate (validation of all tried) | base | trained | gain in points | parameters | seconds |",
+        "| method | learning rate (validation of all) | base | trained | gain in points | parameters | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for result in results:
@@ -294,8 +297,9 @@ def write_report(path: Path, setting: Setting, base: Sequence[bool], results: Se
 
 
 def quiet() -> None:
-    """Keep TRL's and transformers' progress bars and future warnings out of the table."""
+    """Keep progress bars and the libraries' own warnings out of the table."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    disable_progress_bars()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -305,7 +309,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=str(BANK_FOLDER / "base"), help="default: the playground's base model")
     parser.add_argument("--task", default="playground-math", help="name or table of a task (default: %(default)s)")
     parser.add_argument(
-        "--data-files", nargs="*", default=[], metavar="SPLIT=FILE", help="files instead of the Hub, train=... test=..."
+        "--data-files",
+        nargs="*",
+        default=[],
+        metavar="SPLIT=FILE",
+        help="files, not the Hub: train=... test=...",
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--steps", type=int, default=40)

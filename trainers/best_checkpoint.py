@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 from trl import GRPOTrainer
 
 from peft_svf.trainers import checks
+from peft_svf.trainers.distributed import write_parameters
 from peft_svf.trainers.reward_metrics import prompt_means
 from peft_svf.trainers.statistics import paired_difference_interval
 
@@ -225,10 +226,7 @@ class StartIsACandidate(GRPOTrainer):
             )
 
     def _return_to_start(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if name in self._start:
-                    parameter.copy_(self._start[name])
+        write_parameters(self.model, self._start)
 
     def _find_best_checkpoint(self, step: int) -> None:
         """Load the best checkpoint of a resumed run whose folder was moved: transformers has forgotten its path."""

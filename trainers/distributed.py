@@ -32,6 +32,20 @@ def forget_evaluation(trainer: Any) -> None:
         model._is_accelerate_prepared = False
 
 
+def check_can_evaluate(trainer: Any) -> None:
+    """Raise if FSDP2 has not sharded the model yet, which accelerate does only together with the optimizer.
+
+    Raises:
+        RuntimeError: Says what to do instead.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if getattr(plugin, "fsdp_version", 1) == 2 and not trainer.accelerator._models:
+        raise RuntimeError(
+            "Under FSDP2 the model can be evaluated only during and after `train()`: set `eval_on_start=True` for the "
+            "score before the first step, or evaluate in one process."
+        )
+
+
 def check_processes_train_together(trainer: Any) -> None:
     """Raise if there are several processes and nothing that averages their gradients.
 

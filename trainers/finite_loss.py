@@ -56,7 +56,7 @@ class StopsOnNonFinite(GRPOTrainer):
             return output
         answers = [{"prompt": prompt} for prompt in self.processing_class.batch_decode(prompt_ids)]
         which = f"Answers could not be sampled in {'this' if has_failed else 'another'} process"
-        self._stop("the logits are", f"{which}.", {}, {"answers": answers}, failure)
+        self._stop_with_batch("the logits are", f"{which}.", {}, {"answers": answers}, failure)
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], *args: Any, **kwargs: Any
@@ -74,7 +74,7 @@ class StopsOnNonFinite(GRPOTrainer):
                 for prompt, completion, row in zip(prompts, completions, own, strict=True)
             ]
             functions = ", ".join(f"`{name}`" for name in names)
-            self._stop(
+            self._stop_with_batch(
                 f"the reward of {functions} is",
                 f"It is infinite for {int(infinite.any(1).sum())} of {len(rewards)} answers: return a finite number, "
                 "or None for an answer that cannot be judged.",
@@ -109,23 +109,23 @@ class StopsOnNonFinite(GRPOTrainer):
         return bool(self.accelerator.gather(tensor).any())
 
     def _stop_at_loss(self, model: nn.Module, inputs: dict[str, Any], broken: dict[str, float]) -> NoReturn:
-        tensors, facts = self._describe(inputs, self._rescore(model, inputs))
+        tensors, facts = self._describe_micro_batch(inputs, self._score_again(model, inputs))
         places = gather_object([facts["not_finite"]])
         named = [f"{', '.join(map(str, rows))} of process {i}" for i, rows in enumerate(places) if rows]
         values = ", ".join(f"`{name}` is {value}" for name, value in broken.items())
         where = f"answers {' and '.join(named)}" if named else "no single answer"
-        self._stop("the loss is", f"The mean {values}, because of {where}.", tensors, facts)
+        self._stop_with_batch("the loss is", f"The mean {values}, because of {where}.", tensors, facts)
 
     def _stop_at_gradient(self) -> NoReturn:
         micro_batches = self._finite_gradients.micro_batches
-        described = [self._describe(inputs, {}) for inputs in micro_batches]
+        described = [self._describe_micro_batch(inputs, {}) for inputs in micro_batches]
         tensors = {f"{i}.{name}": tensor for i, (own, _) in enumerate(described) for name, tensor in own.items()}
         facts = {"micro_batches": [own for _, own in described]}
         why = f"The losses of the {len(micro_batches)} micro-batches were finite: the backward pass overflowed."
-        self._stop("the gradient is", why, tensors, facts)
+        self._stop_with_batch("the gradient is", why, tensors, facts)
 
     @torch.no_grad()
-    def _rescore(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def _score_again(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Log-probabilities and KL of every token, (B, T), and whether each answer's part of the loss is finite."""
         valid = inputs["completion_mask"].bool()
         if "tool_mask" in inputs:
@@ -142,7 +142,9 @@ class StopsOnNonFinite(GRPOTrainer):
             losses = losses + tensors["kl"].sum(1)
         return {**tensors, "is_finite": losses.isfinite()}
 
-    def _describe(self, inputs: dict[str, Any], scores: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _describe_micro_batch(
+        self, inputs: dict[str, Any], scores: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A micro-batch as tensors and as plain data: one entry an answer."""
         tensors = {name: value for name, value in {**inputs, **scores}.items() if isinstance(value, Tensor)}
         answers = []
@@ -163,7 +165,7 @@ class StopsOnNonFinite(GRPOTrainer):
     def _rewards_by_name(self, row: Tensor) -> dict[str, float]:
         return dict(zip(self.reward_func_names, row.tolist(), strict=True))
 
-    def _stop(
+    def _stop_with_batch(
         self,
         what: str,
         why: str,

@@ -17,7 +17,7 @@ PADDING = 3
 
 @torch.no_grad()
 def check_forward(model: nn.Module) -> None:
-    """Raise if padding changes the scores of `model`, or if it reads the weight of an adapted layer without calling it.
+    """Raise if padding changes the scores of `model`, or if it reads weights of adapted layers without calling them.
 
     Prompts of a batch are padded on the left. A layer that is not called does not apply its adapter in the forward
     that is trained, but answers of merged weights do.
@@ -53,7 +53,7 @@ def _raise_if_different(name: str, expected: Tensor, padded: Tensor, weight: Ten
     right = error <= 1e-3 if weight.dtype == torch.float32 else kl <= 0.5
     if not right:
         raise ValueError(
-            f"{name} gives other log-probabilities to a prompt that is padded on the left (by {error:.1e}), as prompts "
+            f"{name} gives other log-probabilities (by {error:.1e}) to a prompt that is padded on the left, as those "
             "of a batch are: SVFPolicyGradientTrainer does not support it."
         )
 
@@ -67,11 +67,11 @@ def _raise_if_read(model: nn.Module, called: set[nn.Module]) -> None:
         if isinstance(module, BaseTunerLayer) and module not in called and modules[name.rpartition(".")[0]] in called
     ]
     decoder: Any = model.get_decoder()  # type: ignore[operator]
-    within = {module for module in decoder.modules()}
+    within = set(decoder.modules())
     read = [name for name in read if modules[name] in within]
     if read:
-        endings = sorted({name.rpartition(".")[2] for name in read})
+        endings = ", ".join(sorted({repr(name.rpartition(".")[2]) for name in read}))
         raise ValueError(
-            f"{type(model).__name__} reads the weight of {', '.join(f'`{name}`' for name in read)} without calling the "
-            f"layer, so that its adapter has no effect on what is trained: leave it out, `exclude_modules={endings}`."
+            f"{type(model).__name__} reads the weight of {', '.join(f'`{name}`' for name in read)} without calling "
+            f"the layer, so its adapter has no effect on what is trained: add {endings} to `exclude_modules`."
         )

@@ -62,7 +62,7 @@ def _key_value_numbers(config: Any) -> int:
     """Keys and values of one token in one layer; in the widest layer where they differ."""
     heads = config.num_attention_heads
     rope_dim = getattr(config, "qk_rope_head_dim", None)
-    if rope_dim is not None:  # latent attention (DeepSeek): transformers caches keys and values, not the latent
+    if rope_dim is not None:  # latent attention (DeepSeek): whole, as transformers cached it until it took the latent
         return int(heads * (getattr(config, "qk_nope_head_dim", 0) + rope_dim + config.v_head_dim))
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     if getattr(config, "multi_query", False):  # GPT-BigCode, Falcon
@@ -112,7 +112,7 @@ def answer_bytes(
             Whether the model computes logits for the whole prompt, as those without `logits_to_keep` do.
     """
     text = config.get_text_config(decoder=True)
-    logits = text.vocab_size * (itemsize + 4 * 4)  # in float32: logits, scores, probabilities, noise
+    logits = text.vocab_size * (itemsize + 6 * 4)  # in float32: logits, scores, probabilities, noise and the like
     cache = cache_bytes(text, prompt_tokens + answer_tokens, itemsize)
     last_token = cache + cache // text.num_hidden_layers + logits  # a layer's cache grows by making a new one
 
@@ -277,7 +277,7 @@ class StepsPerGenerationThatFit(GRPOTrainer):
         )
         if steps * micro_batch > fit:
             self._warn(
-                f"Generation may run out of memory: a call makes at least {steps * micro_batch} answers per process, but "
+                f"Generation may run out of memory: a call makes at least {steps * micro_batch} answers, but "
                 f"{facts}. Lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps` as much), "
                 "or `max_completion_length`."
             )

@@ -53,14 +53,6 @@ def without_router_logits(model: nn.Module) -> Iterator[None]:
         text_config.output_router_logits = wanted
 
 
-def disable_functional_dropout(model: nn.Module) -> None:
-    """Turn off the dropout that TRL's `disable_dropout` does not see: rates kept as numbers (OPT, attention)."""
-    for module in model.modules():
-        for name, rate in vars(module).items():
-            if isinstance(rate, float) and ("dropout" in name or "layerdrop" in name or name.endswith("_pdrop")):
-                setattr(module, name, 0.0)
-
-
 def takes_position_ids(model: nn.Module) -> bool:
     """Whether the backbone of `model` is to be told positions.
 
@@ -99,11 +91,11 @@ def check_logits_follow_from_hidden_states(model: nn.Module) -> None:
     try:
         expected = model(input_ids=ids).logits.float().log_softmax(-1)
         hidden = model(input_ids=ids, return_hidden_states_only=True)
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError) as cause:
         raise ValueError(
-            f"{type(model).__name__} does not give its hidden states ({error}): SVFPolicyGradientTrainer does not "
+            f"{type(model).__name__} does not give its hidden states ({cause}): SVFPolicyGradientTrainer does not "
             "support it."
-        ) from error
+        ) from cause
     finally:
         model.train(training)
     error = (LanguageModelHead.of(model).log_softmax(hidden, 1.0) - expected).abs().max().item()

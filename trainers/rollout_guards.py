@@ -59,23 +59,25 @@ class GuardsRollouts(GRPOTrainer):
         return bool(self.args.load_best_model_at_end) and evaluated
 
     def _return_to_sound_offsets(self, steps: list[int]) -> None:
-        folders = [os.path.join(self.args.output_dir, f"checkpoint-{step}") for step in sorted(steps)]
+        """Load the first of these checkpoints that is still there, or the start."""
+        folders = [os.path.join(self.args.output_dir, f"checkpoint-{step}") for step in steps]
         # The main process decides: others may not see its files.
-        newest = next((folder for folder in reversed(folders) if os.path.isdir(folder)), None)
-        [newest] = broadcast_object_list([newest])
-        if newest is None:
+        [sound] = broadcast_object_list([next((folder for folder in folders if os.path.isdir(folder)), None)])
+        if sound is None:
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
                     if name in self._start:
                         parameter.copy_(self._start[name])
             logger.warning(
-                "No checkpoint from before the collapse: the starting offsets are restored. With "
+                "No better checkpoint from before the collapse: the starting offsets are restored. With "
                 '`load_best_model_at_end=True`, or `save_strategy="steps"` and fewer `save_steps`, less is lost.'
             )
             return
-        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, newest
+        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, sound
         try:
             self._load_best_model()  # knows how to load under FSDP and DeepSpeed too
         finally:
             self.state.best_model_checkpoint = best
-        logger.warning(f"The offsets of {newest}, the newest checkpoint from before the collapse, are restored.")
+        logger.warning(
+            f"The offsets of {sound} are restored: from before the collapse, with the best training reward."
+        )

@@ -136,8 +136,8 @@ class SVFPolicyGradientConfig(GRPOConfig):
         collapse_patience (`int`, *optional*, defaults to `10`):
             Stop when, for this many optimizer steps in a row, nearly all answers have been cut off, or have shrunk to a
             tenth, or are as random as no text is, or the KL is above `collapse_kl`, and the reward has lost what it had
-            gained. Ends at the best checkpoint with `load_best_model_at_end=True`, otherwise at the newest checkpoint
-            from before, or the start. Ten steps outlast a bad batch or two and cost little of a run. 0 is never.
+            gained. Ends at the best checkpoint with `load_best_model_at_end=True`, otherwise at the one from before
+            with the best training reward, or at the start. Ten steps outlast a bad batch or two and cost little of a run. 0 is never.
         collapse_kl (`float`, *optional*, defaults to `1.0`):
             KL from the base model, in nats per token above that of the first step, which counts as a collapse if the
             reward is lost too. Only with a `kl_coef`. Healthy runs stay below 0.1; at 1 the base model would find the

@@ -24,7 +24,7 @@ from peft_svf.trainers.answer_metrics import EvalAnswers, lengths_and_ends, scor
 from peft_svf.trainers.best_checkpoint import StartIsACandidate
 from peft_svf.trainers.callbacks.parameter_checks import ParameterChecks
 from peft_svf.trainers.checkpoints import AtomicCheckpoints
-from peft_svf.trainers.distributed import forget_evaluation, whole_head
+from peft_svf.trainers.distributed import check_can_evaluate, forget_evaluation, whole_head
 from peft_svf.trainers.completion_tables import CompletionTables
 from peft_svf.trainers.decoding import decoding_temperature
 from peft_svf.trainers.finite_loss import StopsOnNonFinite
@@ -309,6 +309,7 @@ class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, Gua
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Means over answers instead of over batches, and one name per eval dataset."""
+        check_can_evaluate(self)
         self._eval_rewards.clear()
         self._eval_answers.clear()
         self._metrics["eval"].clear()

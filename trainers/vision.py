@@ -33,7 +33,7 @@ TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 NOT_NEEDED = re.compile(r"input_ids|attention_mask|batch_num_images|.*(video|audio|second_per_grid|input_features).*")
 
 
-# -- the language model only -------------------------------------------------------------------------------------------
+# -- the language model only ------------------------------------------------------------------------------------------
 def adapt_language_model_only(
     peft_config: PeftConfig | None, model: str | nn.Module, model_init_kwargs: dict[str, Any]
 ) -> PeftConfig | None:
@@ -51,19 +51,19 @@ def adapt_language_model_only(
     Returns:
         `PeftConfig`: The copy, with `exclude_modules` extended.
     """
-    peft_config = copy.deepcopy(peft_config)
-    if getattr(peft_config, "target_modules", None) != "all-linear" or not hasattr(peft_config, "exclude_modules"):
-        return peft_config
+    config: Any = copy.deepcopy(peft_config)
+    if getattr(config, "target_modules", None) != "all-linear" or not hasattr(config, "exclude_modules"):
+        return config
     outside = modules_outside_language_model(_on_meta_device(model, model_init_kwargs))
     if outside:
-        names = "|".join(map(re.escape, outside))
-        peft_config.exclude_modules = "|".join([*_as_expressions(peft_config.exclude_modules), rf"(?:{names})(?:\..+)?"])
+        ours = rf"(?:{'|'.join(map(re.escape, outside))})(?:\..+)?"
+        config.exclude_modules = "|".join([*_as_expressions(config.exclude_modules), ours])
         logger.info(
             'Only the language model is adapted, not %s. Name modules in `target_modules` instead of "all-linear" to '
             "adapt others.",
             ", ".join(f"`{name}`" for name in outside),
         )
-    return peft_config
+    return config
 
 
 def modules_outside_language_model(model: nn.Module | None) -> list[str]:
@@ -111,7 +111,7 @@ def _as_expressions(exclude_modules: Any) -> list[str]:
     return [rf"(?:.+\.)?{re.escape(name)}" for name in sorted(exclude_modules)]
 
 
-# -- inputs ------------------------------------------------------------------------------------------------------------
+# -- inputs -----------------------------------------------------------------------------------------------------------
 def multimodal_inputs(inputs: dict[str, Any]) -> dict[str, Tensor]:
     """What the forward of a vision-language model takes besides tokens, from one micro-batch of TRL's."""
     images = [name for name in IMAGE_INPUTS if inputs.get(name) is not None]

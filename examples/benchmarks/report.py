@@ -15,7 +15,7 @@ import torch
 from timing import Spread
 
 
-COLUMNS = ["SVF", "LoRA r16", "IA3", "VeRA", "TinyLoRA", "U, S, V"]
+COLUMNS = ("SVF", "LoRA r16", "IA3", "VeRA", "TinyLoRA", "U, S, V")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Row:
     Attributes:
         quantity (`str`): What was measured, with its unit and what 1 means.
         setting (`str`): Shape and dtype.
-        values (`dict[str, Spread]`): By method, the names of `COLUMNS`.
+        values (`dict[str, Spread]`): By method, the names of the report's columns.
         at_most (`float`, *optional*): The goal for SVF; none for rows that only inform.
         why_missed (`str`): Printed if the goal is missed by every single measurement.
         note (`str`): Printed in any case.
@@ -56,17 +56,26 @@ class Row:
 
 @dataclass
 class Report:
-    """The rows of one run, and the machine and versions they were measured with."""
+    """The rows of one run, and the machine and versions they were measured with; `columns` name values of the rows."""
 
     environment: dict[str, str]
     rows: list[Row] = field(default_factory=list)
+    columns: tuple[str, ...] = COLUMNS
 
     def markdown(self) -> str:
         """A line on the environment, then one table for each shape and dtype."""
         lines = [", ".join(f"{name} {value}" for name, value in self.environment.items()), ""]
         for setting in dict.fromkeys(row.setting for row in self.rows):
-            lines += [f"**{setting}**", "", *_table([row for row in self.rows if row.setting == setting]), ""]
+            lines += [f"**{setting}**", "", *self._table([row for row in self.rows if row.setting == setting]), ""]
         return "\n".join(lines)
+
+    def _table(self, rows: Iterable[Row]) -> list[str]:
+        lines = [_line(["quantity", "goal", *self.columns, "verdict"]), _line(["---"] * (len(self.columns) + 3))]
+        for row in rows:
+            goal = "" if row.at_most is None else f"≤ {row.at_most:.3g}"
+            values = [str(row.values[name]) if name in row.values else "–" for name in self.columns]
+            lines.append(_line([row.quantity, goal, *values, row.verdict()]))
+        return lines
 
     def json(self) -> str:
         rows = [{**asdict(row), "met": row.met} for row in self.rows]
@@ -78,15 +87,6 @@ class Report:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
-
-
-def _table(rows: Iterable[Row]) -> list[str]:
-    lines = [_line(["quantity", "goal", *COLUMNS, "verdict"]), _line(["---"] * (len(COLUMNS) + 3))]
-    for row in rows:
-        goal = "" if row.at_most is None else f"≤ {row.at_most:.3g}"
-        values = [str(row.values[name]) if name in row.values else "–" for name in COLUMNS]
-        lines.append(_line([row.quantity, goal, *values, row.verdict()]))
-    return lines
 
 
 def _line(cells: list[str]) -> str:

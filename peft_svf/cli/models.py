@@ -40,13 +40,19 @@ class BaseModel:
         return self.load_in_4bit or self.load_in_8bit
 
     def check(self) -> None:
-        """Raise a `ValueError` if a package is missing, and an `OSError` if there is no such model."""
+        """Raise a `ValueError` if a package is missing, or if there is no such model."""
         if self.is_quantized and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError(
                 "loading in 4 or 8 bits needs bitsandbytes, which is not installed: pip install "
                 "'peft-svf[quantization]'"
             )
-        self._config()
+        try:
+            self._config()
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"there is no base model {self.name!r}: it is no folder with a checkpoint here, and did not come from "
+                f"the Hub ({' '.join(str(error).split())})"
+            ) from error
 
     def load(self) -> Any:
         """The model: a causal language model, or the vision-language model that the checkpoint is."""

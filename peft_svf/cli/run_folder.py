@@ -1,41 +1,33 @@
-"""The output folder of a training run: whether it may be written to, what it is a run of, and how files get there."""
+"""The output folder of a training run: whether it may be written to, and what it is a run of."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
-from peft_svf.experts.files import make_readable
-
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
-STAGING = ".expert.partial"
-LEFT_OUT = ("training_args.bin",)  # a pickle; what it says stands in results.json
-LAST = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def check_output(output: Path, run: Mapping[str, Any], resume: bool) -> str | None:
+def check_output(output: Path, run: Mapping[str, Any], resume: bool) -> None:
     """
-    The checkpoint to go on from, None to start anew.
+    Raise unless the run may use the folder.
 
     Args:
         output (`Path`): The folder; it may be missing or empty.
         run (`Mapping[str, Any]`): What is to be trained on what, in plain values: a run is resumed only as itself.
-        resume (`bool`): Whether the user wants to go on from the last checkpoint there, if any.
+        resume (`bool`): Whether the user wants to go on with the run that is there, if any.
 
     Raises:
         ValueError: If the folder holds something else, or a run and `resume` is not set, or another run.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
+    if not output.exists() or (output.is_dir() and {path.name for path in output.iterdir()} <= {RUN_FILE}):
+        return  # also after a run that ended before its first checkpoint
     if not (output / RUN_FILE).is_file():
         raise ValueError(f"{output} exists and is no output of `peft-svf train`: choose another --output")
     if not resume:
@@ -48,7 +40,6 @@ def check_output(output: Path, run: Mapping[str, Any], resume: bool) -> str | No
             f"{output} holds a run with another {name} ({earlier.get(name)!r}, not {run[name]!r}): resume it with the "
             "same arguments, or choose another --output"
         )
-    return get_last_checkpoint(str(output))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -60,17 +51,3 @@ def write_json(path: Path, content: Any) -> None:
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
-
-
-def save_expert(trainer: Any, output: Path) -> None:
-    """Write the trained adapter with tokenizer and card into `output`, the weights last. Every process calls this."""
-    staging = output / STAGING
-    trainer.save_model(str(staging), _internal_call=True)  # no push of a half-written folder
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        make_readable(staging)
-        files = [path for path in staging.iterdir() if path.name not in LEFT_OUT]
-        for path in sorted(files, key=lambda path: LAST.index(path.name) if path.name in LAST else -1):
-            os.replace(path, output / path.name)
-        shutil.rmtree(staging)
-    trainer.accelerator.wait_for_everyone()

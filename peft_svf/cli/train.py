@@ -27,7 +27,7 @@ from peft_svf.cli.data import (
     with_plain_prompts,
 )
 from peft_svf.cli.models import BaseModel, for_rows
-from peft_svf.cli.run_folder import RESULTS_FILE, RUN_FILE, check_output, save_expert, write_json
+from peft_svf.cli.run_folder import RESULTS_FILE, RUN_FILE, check_output, write_json
 from peft_svf.cli.train_arguments import TrainArguments, TrainParser
 from peft_svf.hub_cards import ExpertResult, write_expert_card
 from peft_svf.trainers import SVFPolicyGradientConfig, SVFPolicyGradientTrainer
@@ -64,7 +64,7 @@ def run_train(words: Sequence[str]) -> None:
     arguments, given = TrainParser().parse(words)
     task = find_task(arguments.task)
     output, run = Path(arguments.output), run_identity(arguments)
-    checkpoint = check_output(output, run, arguments.resume)
+    check_output(output, run, arguments.resume)
     config = build_config(arguments, given, task)
     base = BaseModel(
         arguments.model,
@@ -82,7 +82,7 @@ def run_train(words: Sequence[str]) -> None:
         write_json(output / RUN_FILE, run)
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and transformers' own
     trainer, processor = build_trainer(arguments, task, config, base, rows)
-    train_and_report(trainer, processor, arguments, task, rows, checkpoint)
+    train_and_report(trainer, processor, arguments, task, rows)
 
 
 def run_identity(arguments: TrainArguments) -> dict[str, Any]:
@@ -168,21 +168,19 @@ def train_and_report(
     arguments: TrainArguments,
     task: Task,
     rows: Rows,
-    checkpoint: str | None,
 ) -> None:
     """Train, save the expert unless it is no better than its start, compare it with the base model, and report."""
     output, config = Path(arguments.output), trainer.args
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     say(f"Training {parameters} parameters on {len(rows.train)} prompts of {task.name}, into {output}")
-    if checkpoint is not None:
-        say(f"Going on from {checkpoint}")
-    if arguments.kl_sweep:
-        trainer.sweep_kl(arguments.kl_sweep)
+    sweep = trainer.sweep_kl(arguments.kl_sweep) if arguments.kl_sweep else None
+    if sweep is None:
+        trainer.train(resume_from_checkpoint=arguments.resume or config.resume_from_checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=checkpoint or config.resume_from_checkpoint)
+        say(f"Validation scores, the winner marked:\n{sweep}")
     improved = not trainer.best_is_base
-    if improved:
-        save_expert(trainer, output)
+    if improved and sweep is None:  # a sweep has saved its winner
+        trainer.save_model(str(output))
     evaluations = compare(trainer, processor, task, rows.test, improved)
     if not trainer.is_world_process_zero():
         return
@@ -195,6 +193,8 @@ def train_and_report(
         "training": training_facts(trainer, rows, parameters),
         **results.environment(),
     }
+    if sweep is not None:
+        found["kl_sweep"] = dataclasses.asdict(sweep)
     if evaluations is not None and rows.test is not None:
         found["evaluation"] = results.evaluated_on(rows.test, "test", TEST_SEED, config.max_completion_length)
         found["base"] = results.result_entry(evaluations[0])

@@ -120,8 +120,8 @@ class TrainArguments:
             raise ValueError(
                 f"--{chosen[0]} is settled by the expert that --adapter goes on from: remove one of the two"
             )
-        if self.kl_sweep is not None and (len(set(self.kl_sweep)) < 2 or min(self.kl_sweep) < 0):
-            raise ValueError("--kl_sweep takes two or more different values of at least 0, for example: 0 0.1 0.2 0.3")
+        if self.kl_sweep is not None and (len(set(self.kl_sweep)) < len(self.kl_sweep) or min(self.kl_sweep) < 0):
+            raise ValueError("--kl_sweep takes different values of at least 0, for example: 0 0.1 0.2 0.3")
 
     def _check_numbers(self) -> None:
         least = {"train_prompts": 1, "validation_prompts": 1, "rank": 1}

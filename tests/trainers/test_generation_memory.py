@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import (
@@ -44,6 +43,7 @@ MakeTrainer = Callable[..., SVFPolicyGradientTrainer]
 SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
 LAYERS: dict[str, Any] = {**SIZES, "num_hidden_layers": 4, "num_key_value_heads": 2}
 MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ALTERNATING = ["sliding_attention", "full_attention"] * 2
 LINEAR: dict[str, Any] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -51,6 +51,9 @@ LINEAR: dict[str, Any] = {
     "linear_value_head_dim": 16,
 }
 LATENT: dict[str, Any] = {
+    **SIZES,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
     "kv_lora_rank": 16,
     "q_lora_rank": 16,
     "qk_nope_head_dim": 16,
@@ -73,13 +76,12 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         )
     ),
     "experts": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**LAYERS, **MOE, head_dim=16)),
-    "latent attention": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**LAYERS, **LATENT)),
 }
-HYBRIDS: dict[str, Callable[[], PreTrainedModel]] = {
-    "linear attention": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**LAYERS, **MOE, **LINEAR, head_dim=16)),
-    "convolutions": lambda: Lfm2ForCausalLM(
-        Lfm2Config(**LAYERS, layer_types=["conv", "full_attention", "conv", "full_attention"])
-    ),
+BOUNDED: dict[str, tuple[Callable[[], PreTrainedModel], float]] = {
+    "linear attention": (lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**LAYERS, **MOE, **LINEAR, head_dim=16)), 3),
+    "convolutions": (lambda: Lfm2ForCausalLM(Lfm2Config(**LAYERS, layer_types=["conv", "full_attention"] * 2)), 3),
+    # Up to some version, transformers cached keys and values, 160 numbers here, instead of the latent of 24.
+    "latent attention": (lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**LATENT)), 160 / 24),
 }
 
 
@@ -91,7 +93,7 @@ def cache_of(model: PreTrainedModel, tokens: int) -> int:
             past = model.eval()(input_ids=torch.tensor([[5]]), past_key_values=past, use_cache=True).past_key_values
 
     def visit(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
             seen[value.data_ptr()] = value.nbytes
         elif isinstance(value, dict):
             [visit(part) for part in value.values()]
@@ -105,18 +107,17 @@ def cache_of(model: PreTrainedModel, tokens: int) -> int:
 @pytest.mark.parametrize("kind", MODELS)
 def test_cache_is_as_large_as_the_one_transformers_makes(kind: str, tokens: int) -> None:
     model = MODELS[kind]()
-    estimated, made = cache_bytes(model.config, tokens, 4), cache_of(model, tokens)
-    layers = model.config.num_hidden_layers
-    # Up to one token a layer: a sliding window may keep one less than its size.
-    assert 0 <= estimated - made <= layers * made / layers / (min(tokens, 8) - 1) + 64 * layers
+    made = cache_of(model, tokens)
+    assert made <= cache_bytes(model.config, tokens, 4) <= made * 8 / 7  # a window keeps one token less than its size
 
 
-@pytest.mark.parametrize("kind", HYBRIDS)
-def test_recurrent_layers_are_counted_with_their_state(kind: str) -> None:
-    model = HYBRIDS[kind]()
+@pytest.mark.parametrize("kind", BOUNDED)
+def test_other_caches_are_not_underestimated(kind: str) -> None:
+    build, factor = BOUNDED[kind]
+    model = build()
     for tokens in (5, 40):
         made = cache_of(model, tokens)
-        assert made <= cache_bytes(model.config, tokens, 4) <= 3 * made
+        assert made <= cache_bytes(model.config, tokens, 4) <= factor * made
 
 
 class PeakMemory(TorchDispatchMode):
@@ -151,7 +152,7 @@ WIDE: dict[str, Any] = {**LAYERS, "hidden_size": 128, "intermediate_size": 384, 
 
 
 @pytest.mark.parametrize(
-    ("model", "prompt", "answer"),
+    ("build", "prompt", "answer"),
     [
         (lambda: LlamaForCausalLM(LlamaConfig(**WIDE)), 8, 48),
         (lambda: LlamaForCausalLM(LlamaConfig(**WIDE)), 200, 4),
@@ -186,7 +187,7 @@ def test_merged_weights_take_their_room(make_trainer: MakeTrainer, tiny: SimpleN
     assert generation_memory.merged_copy_bytes(trainer._adapter_layers, 4) == weights
 
 
-# -- what is free -------------------------------------------------------------------------------------------------------
+# -- what is free -----------------------------------------------------------------------------------------------------
 def test_free_memory_of_the_machine_is_shared_by_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=12 * GIB))
     monkeypatch.setattr(generation_memory, "_container_limit", lambda: [8 * GIB])
@@ -211,7 +212,7 @@ def test_limit_of_a_container(tmp_path: Path, limit: str | None, expected: list[
     assert generation_memory._container_limit(tmp_path) == expected
 
 
-# -- how long prompts are -----------------------------------------------------------------------------------------------
+# -- how long prompts are ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("as_stream", [False, True])
 def test_longest_prompt_is_the_one_trl_renders(
     make_trainer: MakeTrainer, tiny: SimpleNamespace, as_stream: bool
@@ -224,7 +225,7 @@ def test_longest_prompt_is_the_one_trl_renders(
     assert longest_prompt(trainer) == 28
 
 
-# -- the choice ---------------------------------------------------------------------------------------------------------
+# -- the choice -------------------------------------------------------------------------------------------------------
 class Fake:
     """A machine on which one answer takes 1 GiB."""
 
@@ -347,19 +348,20 @@ def offsets(trainer: SVFPolicyGradientTrainer) -> torch.Tensor:
 
 
 def test_a_resumed_run_generates_the_batches_of_its_checkpoint(
-    make_trainer: MakeTrainer, machine: Fake, tmp_path: Path
+    make_trainer: MakeTrainer, machine: Fake, tiny: SimpleNamespace, tmp_path: Path
 ) -> None:
     options = {**ACCUMULATE, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    data = {"train_dataset": tiny.prompts(96)}  # four steps an epoch
     machine.holds(11)
-    whole = make_trainer(**options)
+    whole = make_trainer(data, **options)
     whole.train()
     machine.holds(1000)  # more memory is free when the run is resumed
-    resumed = make_trainer(**options)
+    resumed = make_trainer(data, **options)
     sizes = calls_of_generate(resumed)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert sizes == [8] * 6
     assert torch.equal(offsets(whole), offsets(resumed))
-    again = make_trainer(**options)  # and what it saved itself can be resumed
+    again = make_trainer(data, **options)  # and what it saved itself can be resumed
     machine.holds(2)
     sizes = calls_of_generate(again)
     again.args.max_steps = 5
@@ -397,10 +399,13 @@ def test_one_trainer_chooses_anew_in_every_training(make_trainer: MakeTrainer, m
     assert sizes == [2] * 12 + [24]
 
 
-def test_weights_that_fsdp_moves_later_are_not_free_memory(make_trainer: MakeTrainer, machine: Fake) -> None:
+def test_weights_that_fsdp_moves_later_are_not_free_memory(
+    make_trainer: MakeTrainer, machine: Fake, tiny: SimpleNamespace
+) -> None:
     machine.holds(24)
     trainer = make_trainer()
     free = trainer._free_for_answers(trainer.model)
-    elsewhere = nn.Module()
-    elsewhere.weight = nn.Parameter(torch.empty(1000, device="meta"))
-    assert free == 48 * GIB and trainer._free_for_answers(elsewhere) == free - 4000
+    elsewhere = tiny.model().to("meta")
+    weights = sum(parameter.nbytes for parameter in elsewhere.parameters())
+    assert free == 48 * GIB
+    assert free - weights >= trainer._free_for_answers(elsewhere) >= free - weights - 1024  # and the few buffers

@@ -8,6 +8,7 @@ import logging
 from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from peft_svf.trainers import SVFPolicyGradientTrainer
-from peft_svf.trainers.fresh_trainer import FreshTrainer, remember
+from peft_svf.trainers.fresh_trainer import remember
 from peft_svf.trainers.kl_sweep_record import KLRun, KLSweepResult, choose
 
 
@@ -46,10 +47,10 @@ class Interrupt(TrainerCallback):
     """Raises at the end of a step of the run with one coefficient."""
 
     def __init__(self, kl_coef: float, step: int) -> None:
-        self.kl_coef, self.step = kl_coef, step
+        self.when = SimpleNamespace(kl_coef=kl_coef, step=step)  # an object of ours is not set back
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (args.kl_coef, state.global_step) == (self.kl_coef, self.step):
+        if (args.kl_coef, state.global_step) == (self.when.kl_coef, self.when.step):
             raise KeyboardInterrupt
 
 
@@ -157,14 +158,7 @@ def test_an_interrupted_sweep_continues_on_the_same_trainer(make_sweep: MakeTrai
     trainer = make_sweep({"callbacks": [interrupt]})
     with pytest.raises(KeyboardInterrupt):
         trainer.sweep_kl([0.0, 0.3])
-    interrupt.step = 100
-    trainer._fresh.callbacks = [
-        (c, {**a, **({"step": 100} if c is interrupt else {})}) for c, a in trainer._fresh.callbacks
-    ]
-    trainer.remove_callback(interrupt)
-    trainer._fresh = FreshTrainer(trainer) if trainer._fresh is None else trainer._fresh
-    position = [c for c, _ in trainer._fresh.callbacks].index(interrupt)
-    del trainer._fresh.callbacks[position], trainer._fresh.callback_data[position]
+    interrupt.when.step = 100
     result = trainer.sweep_kl([0.0, 0.3])
     assert [run.score for run in result.runs] == [run.score for run in expected.runs]
     assert logs_of_runs(tmp_path / "run") == logs_of_runs(tmp_path / "whole")
@@ -284,7 +278,7 @@ def test_starting_over_deletes_what_was_recorded(make_sweep: MakeTrainer, tmp_pa
 def test_checkpoints_of_unknown_origin_are_refused(make_sweep: MakeTrainer, tmp_path: Path) -> None:
     scripted(make_sweep, {0.0: [0.5, 0.6, 0.7]}).sweep_kl([0.0])
     (tmp_path / "run" / "kl_sweep.json").unlink()
-    with pytest.raises(ValueError, match="kl-0 but no kl_sweep.json"):
+    with pytest.raises(ValueError, match=r"kl-0 but no kl_sweep\.json"):
         make_sweep().sweep_kl([0.0])
     (tmp_path / "run" / "kl_sweep.json").write_text("{")
     with pytest.raises(ValueError, match="is not a record of a KL sweep"):

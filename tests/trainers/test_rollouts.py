@@ -232,9 +232,7 @@ def test_several_turns_are_generated_under_one_merge(
     merge = trainer.model.base_model.merge_adapter
     monkeypatch.setattr(trainer.model.base_model, "merge_adapter", lambda: merges.append(1) or merge())
 
-    def loop(
-        prompts: Any, prompt_ids: Any, ids: Any, completions: Any, logprobs: Any, images: Any, fields: Any
-    ) -> Any:
+    def loop(prompts: Any, prompt_ids: Any, ids: Any, texts: Any, logprobs: Any, images: Any, fields: Any) -> Any:
         longer = [prompt + answer for prompt, answer in zip(prompt_ids, ids, strict=True)]
         trainer._generate_single_turn(longer, images, fields, num_generations=1)
         return [[1] * len(answer) for answer in ids], texts, ids, logprobs, 1, 0, [[] for _ in ids]

@@ -16,6 +16,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from peft_svf.trainers import SVFPolicyGradientTrainer
 from peft_svf.trainers.decoding import decoding_temperature
+from peft_svf.trainers.reward_metrics import reward_interval
+from peft_svf.trainers.statistics import paired_difference_interval, wilson_interval
 
 
 MakeTrainer = Callable[..., SVFPolicyGradientTrainer]
@@ -225,3 +227,151 @@ def test_early_stopping_counts_from_the_base_model(make_trainer: MakeTrainer) ->
     trainer = scripted_trainer(make_trainer, [0.5, 0.4, 0.3, 0.2], callbacks=callbacks, max_steps=20)
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+# -- intervals -------------------------------------------------------------------------------------------------------
+def test_success_is_logged_with_its_interval_under_the_name_of_each_set(
+    make_trainer: MakeTrainer, tiny: SimpleNamespace
+) -> None:
+    """Also where ±1 is the weighted sum of several rewards."""
+    rewards = [by_index(lambda i: 1.0 if i % 3 == 0 else -1.0), by_index(lambda i: 1.0 if i % 3 == 0 else -1.0)]
+    rewards[0].__name__, rewards[1].__name__ = "first", "second"
+    datasets = {"a": tiny.prompts(9), "b": tiny.prompts(40)}
+    trainer = make_trainer({"reward_funcs": rewards, "eval_dataset": datasets}, reward_weights=[0.7, 0.3])
+    metrics = trainer.evaluate()
+    for name, successes, n in [("a", 3, 9), ("b", 14, 40)]:
+        low, high = wilson_interval(successes, n)
+        expected = {"success": successes / n, "success_low": low, "success_high": high, "unjudged": 0}
+        expected |= {"reward_low": 2 * low - 1, "reward_high": 2 * high - 1}
+        assert {key: metrics[f"eval_{name}_{key}"] for key in expected} == pytest.approx(expected)
+    logged = {key for entry in trainer.state.log_history for key in entry}
+    assert {"eval_a_success_low", "eval_b_success_high", "eval_a_unjudged"} <= logged and "eval_success" not in logged
+
+
+def test_other_rewards_have_a_normal_interval_and_no_success(make_trainer: MakeTrainer) -> None:
+    metrics = make_trainer({"reward_funcs": by_index(lambda i: i / 10)}).evaluate()
+    values = torch.arange(21) / 10
+    half = 1.959964 * values.std().item() / 21**0.5
+    assert metrics["eval_reward_low"] == pytest.approx(1.0 - half, rel=1e-5)
+    assert metrics["eval_reward_high"] == pytest.approx(1.0 + half, rel=1e-5)
+    assert "eval_success" not in metrics
+
+
+def test_unjudged_answers_are_counted_and_in_no_rate(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer({"reward_funcs": by_index(lambda i: None if i % 3 else (1.0 if i % 2 else -1.0))})
+    metrics = trainer.evaluate()  # judged: 0, 3, ..., 18, of which 3, 9 and 15 succeed
+    assert metrics["eval_unjudged"] == 14 and metrics["eval_success"] == pytest.approx(3 / 7)
+    assert (metrics["eval_success_low"], metrics["eval_success_high"]) == pytest.approx(wilson_interval(3, 7))
+
+
+def test_several_answers_to_a_prompt_are_one_trial_of_the_interval(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        {"reward_funcs": by_index(lambda i: 1.0 if i % 3 == 0 else -1.0)}, eval_temperature=0.7, num_generations_eval=4
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_success"] == pytest.approx(7 / 21)
+    assert (metrics["eval_success_low"], metrics["eval_success_high"]) == pytest.approx(wilson_interval(7, 21))
+
+
+def test_no_interval_without_anything_judged() -> None:
+    assert reward_interval(torch.full((3,), torch.nan)) == {}
+    assert reward_interval(torch.tensor([0.5, torch.nan])) == {}
+
+
+# -- the verdict -----------------------------------------------------------------------------------------------------
+class Changing(Scripted):
+    """Rewards of −1 and +1: the first `counts[k]` rows succeed in the k-th evaluation."""
+
+    def __call__(self, completions: list[Any], index: list[int], **kwargs: Any) -> list[float]:
+        if self.trainer.model.training:
+            return super().__call__(completions, index, **kwargs)
+        return [1.0 if i < self.scores[self.evaluations] else -1.0 for i in index]
+
+
+def changing_trainer(make_trainer: MakeTrainer, counts: list[int], **options: Any) -> SVFPolicyGradientTrainer:
+    reward = Changing(counts)  # type: ignore[arg-type]
+    settings = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, **options}
+    trainer = make_trainer({"reward_funcs": reward, "callbacks": [CountEvaluations(reward)]}, **settings)
+    reward.trainer = trainer
+    return trainer
+
+
+def paired(before: int, after: int, n: int = 21) -> tuple[float, float, float]:
+    return paired_difference_interval([i < before for i in range(n)], [i < after for i in range(n)])
+
+
+def test_the_gain_is_compared_prompt_by_prompt_and_told(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = changing_trainer(make_trainer, [8, 6, 14, 10])
+    with caplog.at_level(logging.INFO, logger="peft_svf"):
+        output = trainer.train()
+    gain = trainer.gain_over_base
+    assert not trainer.best_is_base and gain is not None and gain.prompts == 21
+    assert (gain.gain, gain.low, gain.high) == pytest.approx(paired(8, 14))
+    assert (gain.start, gain.best) == pytest.approx((8 / 21, 14 / 21))
+    assert output.metrics["best_gain_low"] == gain.low
+    assert "66.7 % vs 38.1 % at the start: +28.6 points [+8.8, +48.4], paired over 21 prompts" in caplog.text
+
+
+def test_a_resumed_run_still_compares_with_its_start(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    changing_trainer(make_trainer, [8, 6, 14, 10]).train()
+    trainer = changing_trainer(make_trainer, [16, 2])  # steps 4 and 6: the start is not evaluated again
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    gain = trainer.gain_over_base
+    assert gain is not None and (gain.gain, gain.low, gain.high) == pytest.approx(paired(8, 16))
+    assert sum("eval_reward" in entry for entry in trainer.state.log_history) == 4
+
+
+@pytest.mark.parametrize(("counts", "is_base"), [([8, 6, 7, 8], True), ([8, 6, 9, 8], False)])
+def test_verdict_is_public_and_does_not_change_with_later_evaluations(
+    make_trainer: MakeTrainer, tiny: SimpleNamespace, counts: list[int], is_base: bool
+) -> None:
+    trainer = changing_trainer(make_trainer, [*counts, 1 if not is_base else 20])
+    assert not trainer.best_is_base
+    trainer.train()
+    assert trainer.best_is_base is is_base
+    trainer.evaluate(tiny.prompts(21))  # another dataset, logged under the same name
+    assert trainer.best_is_base is is_base and trainer.base_eval_reward == pytest.approx(2 * 8 / 21 - 1)
+
+
+@pytest.mark.parametrize(("scores", "is_base"), [([0.5, 0.6, 0.7, 0.8], True), ([0.5, 0.6, 0.4, 0.8], False)])
+def test_verdict_where_less_is_better_and_sets_have_names(
+    make_trainer: MakeTrainer, tiny: SimpleNamespace, scores: list[float], is_base: bool
+) -> None:
+    reward = Scripted(scores)
+    trainer = make_trainer(
+        {
+            "reward_funcs": reward,
+            "callbacks": [CountEvaluations(reward)],
+            "eval_dataset": {"valid": tiny.prompts(8)},
+        },
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="valid_reward",
+        greater_is_better=False,
+    )
+    reward.trainer = trainer
+    trainer.train()
+    assert trainer.best_is_base is is_base and (offsets(trainer).abs().max() == 0) == is_base
+    assert trainer.state.best_global_step == (None if is_base else 4)
+
+
+def test_a_start_that_could_not_be_judged_does_not_win(make_trainer: MakeTrainer) -> None:
+    """Nothing is greater than NaN: as the score to beat it would make every checkpoint lose."""
+    trainer = scripted_trainer(make_trainer, [float("nan"), 0.2, 0.4, 0.3])
+    trainer.train()
+    assert not trainer.best_is_base and trainer.base_eval_reward is None
+    assert trainer.state.best_global_step == 4 and offsets(trainer).abs().max() > 0
+
+
+def test_a_best_checkpoint_in_a_moved_folder_is_found(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Resuming at the end of a run, whose best checkpoint is recorded under the old path."""
+    first = scripted_trainer(make_trainer, [0.1, 0.8, 0.2, 0.3])
+    first.train()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    second = scripted_trainer(make_trainer, [0.0], output_dir=str(tmp_path / "moved"))
+    second.train(resume_from_checkpoint=str(tmp_path / "moved" / "checkpoint-6"))
+    assert not second.best_is_base and torch.equal(offsets(second), offsets(first))

@@ -81,8 +81,8 @@ class CollapseCallback(RolloutGuard):
     Policies that get better may show any of them (answers grow longer, a label becomes certain), so that a sign counts
     only if the mean reward of those steps is closer to that of the first step than to the best there was.
 
-    Without `load_best_model_at_end` the trainer then goes back to the newest checkpoint of this run from before the
-    sign (`sound_checkpoints`), or to the starting offsets if there is none.
+    Without `load_best_model_at_end` the trainer then goes back to the checkpoint of this run with the best training
+    reward from before the sign (`sound_checkpoints`, the best first), or to the starting offsets if none is better.
     """
 
     def reset(self) -> None:
@@ -90,7 +90,7 @@ class CollapseCallback(RolloutGuard):
         self.rewards: list[float] = []  # of the last `collapse_patience` steps
         self.best_reward: float | None = None  # the best mean of that many steps
         self.sign_steps = dict.fromkeys(SIGNS, 0)  # for how many steps in a row
-        self.checkpoints: list[int] = []  # steps at which this run has saved one
+        self.checkpoints: list[tuple[int, float]] = []  # those of this run: step and mean reward up to there
         self.has_collapsed = False
         self.sound_checkpoints: list[int] = []
 
@@ -103,10 +103,14 @@ class CollapseCallback(RolloutGuard):
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if state.global_step > 0:
-            self.checkpoints.append(state.global_step)  # the one resumed from did not know of itself
+            self._note_checkpoint(state)  # the one resumed from did not know of itself
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.checkpoints.append(state.global_step)
+        self._note_checkpoint(state)
+
+    def _note_checkpoint(self, state: TrainerState) -> None:
+        if self.rewards:
+            self.checkpoints.append((state.global_step, self._mean_reward))
 
     def judge(self, args: Any, state: TrainerState, control: TrainerControl, step: Metrics, model: Any) -> None:
         if not args.collapse_patience:
@@ -143,13 +147,15 @@ class CollapseCallback(RolloutGuard):
         first = self.first or {}
         steps = max(self.sign_steps[name] for name in signs)
         # Answers of step n come from the offsets after step n - 1; those of the last step without a sign were sound.
-        self.sound_checkpoints = [saved for saved in self.checkpoints if saved < state.global_step - steps]
+        sound = [(reward, at) for at, reward in self.checkpoints if at < state.global_step - steps]
+        start = first.get("reward", -math.inf)
+        self.sound_checkpoints = [at for reward, at in sorted(sound, reverse=True) if reward > start]
         self.has_collapsed = control.should_training_stop = True
         if state.is_world_process_zero:
-            signs_in_words = " and ".join(SIGNS[name].says(step, first) for name in signs)
+            seen = " and ".join(SIGNS[name].says(step, first) for name in signs)
             logger.warning(
-                f"The policy has collapsed: training stops at step {state.global_step}. For {steps} steps "
-                f"{signs_in_words}, with a mean reward of {self._mean_reward:.3g} "
+                f"The policy has collapsed: training stops at step {state.global_step}. For {steps} steps it has been "
+                f"like this: {seen}. Their mean reward is {self._mean_reward:.3g} "
                 f"({first.get('reward', math.nan):.3g} in the first step). Try a lower `learning_rate`, a higher "
                 "`kl_coef`, a larger batch, or a reward that answers of this kind do not earn. "
                 "`collapse_patience=0` turns this guard off."

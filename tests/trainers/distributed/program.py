@@ -105,12 +105,16 @@ def make(
     return trainer
 
 
-def offsets(trainer: SVFPolicyGradientTrainer) -> dict[str, Tensor]:
+def parameters(trainer: SVFPolicyGradientTrainer, trainable: bool) -> dict[str, Tensor]:
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone().contiguous()
         for name, p in trainer.model.named_parameters()
-        if p.requires_grad
+        if p.requires_grad == trainable
     }
+
+
+def offsets(trainer: SVFPolicyGradientTrainer) -> dict[str, Tensor]:
+    return parameters(trainer, trainable=True)
 
 
 def facts_of(trainer: SVFPolicyGradientTrainer) -> Facts:
@@ -142,9 +146,13 @@ def evaluation(folder: Path) -> Result:
     arguments = {"eval_dataset": datasets, "reward_funcs": [builders.even_digits, by_row]}
     trainer = make(folder, GreedyInEvaluation, arguments, max_steps=2)
     builders.randomize_offsets(trainer.model)
-    metrics = [trainer.evaluate()]
+    refused = ""
+    try:
+        trainer.evaluate()
+    except RuntimeError as error:
+        refused = str(error)
     trainer.train()
-    return {**facts_of(trainer), "metrics": [*metrics, trainer.evaluate()]}, offsets(trainer)
+    return {**facts_of(trainer), "metrics": trainer.evaluate(), "refused": refused}, offsets(trainer)
 
 
 class GreedyInEvaluation(Scripted):
@@ -231,9 +239,9 @@ def sampled(folder: Path) -> Result:
         max_grad_norm=1.0,
         kl_coef=0.01,
     )
-    base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    base = parameters(trainer, trainable=False)
     trainer.train()
-    unchanged = all(torch.equal(p, base[n]) for n, p in trainer.model.named_parameters() if n in base)
+    unchanged = all(torch.equal(p, base[n]) for n, p in parameters(trainer, trainable=False).items())
     return {**facts_of(trainer), "answers": spy.answers[0], "base_unchanged": unchanged}, offsets(trainer)
 
 
