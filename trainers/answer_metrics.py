@@ -59,8 +59,8 @@ def lengths_and_ends(output: dict[str, Any], ending_ids: list[int]) -> dict[str,
 
     Args:
         output (`dict`):
-            What `GRPOTrainer` makes of a generated batch: `completion_ids`, padded on the right, `completion_mask`, all
-            0 in an answer that was cut off and masked for that, and perhaps `tool_mask`, 0 at what a tool wrote.
+            What `GRPOTrainer` makes of a generated batch: `completion_ids`, padded on the right, `completion_mask`,
+            all 0 in an answer that was cut off and masked for it, and perhaps `tool_mask`, 0 at what a tool wrote.
         ending_ids (`list[int]`): Tokens that end an answer.
     """
     ids, mask = output["completion_ids"], output["completion_mask"]  # (n, length)

@@ -196,9 +196,25 @@ def rotate(run: Path, limit: int | None, protected: Collection[Path]) -> None:
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------
-def is_storage_error(error: BaseException) -> bool:
-    """Whether writing failed, as opposed to what was to be written; `torch.save` raises a plain RuntimeError."""
-    return isinstance(error, (OSError, SafetensorError)) or "inline_container.cc" in str(error)
+def is_storage_error(error: BaseException, folder: Path) -> bool:
+    """Whether writing to `folder` failed, as opposed to what was to be written.
+
+    A full disk is not always an OSError: `torch.save` raises RuntimeErrors of C++, the tokenizers a bare Exception.
+    """
+    words = ("inline_container.cc", "iostream error", "(os error ")
+    failed = isinstance(error, (OSError, SafetensorError)) or any(word in str(error) for word in words)
+    return isinstance(error, Exception) and (failed or is_full(folder))
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the disk that holds `folder` has less than a few blocks left."""
+    return free_bytes(folder) < 2**16
+
+
+def free_bytes(folder: Path) -> int:
+    """Space left on the disk that holds `folder`, which need not exist yet."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def last_written(folder: Path) -> str:

@@ -168,25 +168,27 @@ class AtomicCheckpoints(ExactResume):
             yield
         except BaseException as error:
             self.state.best_model_checkpoint = best
-            message = self._describe(error, staging, final) if files.is_storage_error(error) else ""
+            number = getattr(error, "errno", None) or (errno.ENOSPC if files.is_full(staging) else errno.EIO)
+            message = self._describe(error, staging, final) if files.is_storage_error(error, staging) else ""
             files.clean(staging.parent)
             if not message:
                 raise
-            full = shutil.disk_usage(staging.parent).free < 2**20 or getattr(error, "errno", None) == errno.ENOSPC
-            raise OSError(errno.ENOSPC if full else getattr(error, "errno", None) or errno.EIO, message) from error
+            raise OSError(number, message) from error
         finally:
             self._staging = None
 
     def _describe(self, error: BaseException, staging: Path, final: Path) -> str:
-        free = shutil.disk_usage(staging.parent).free / 2**20
+        """What could not be written, and how to go on."""
+        problem = (
+            f"{final} could not be saved: {error} (at {files.last_written(staging)}, with "
+            f"{files.free_bytes(staging) / 2**20:.1f} MiB left on that disk)."
+        )
         newest, _ = files.newest_usable(Path(self.args.output_dir), with_optimizer=not self.args.save_only_model)
-        return (
-            f"{final} could not be saved: {error} (at {files.last_written(staging)}, with {free:.0f} MiB left on that "
-            "disk). "
-            + (
-                f"The last usable checkpoint is {newest}. Free some space, lower `save_total_limit` to keep fewer "
-                "checkpoints, and continue with `trainer.train(resume_from_checkpoint=True)`."
-                if newest
-                else "There is no usable checkpoint yet: free some space and start again."
+        if newest is None:
+            return (
+                f"{problem} There is no complete checkpoint in {self.args.output_dir}. Free some space and try again."
             )
+        return (
+            f"{problem} The last usable checkpoint is {newest}. Free some space, or lower `save_total_limit` to keep "
+            "fewer checkpoints, and go on with `trainer.train(resume_from_checkpoint=True)`."
         )

@@ -32,6 +32,25 @@ def forget_evaluation(trainer: Any) -> None:
         model._is_accelerate_prepared = False
 
 
+def refuse_half_precision_engine(trainer: Any) -> None:
+    """Raise if DeepSpeed is told to run in half precision, where it casts every parameter, trainable or not.
+
+    Raises:
+        ValueError: Names the option and the remedy.
+    """
+    if not trainer.is_deepspeed_enabled:
+        return
+    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    for name in ("bf16", "fp16"):
+        enabled = config.get(name, {}).get("enabled", False)
+        if enabled is True or getattr(trainer.args, name):
+            raise ValueError(
+                f"DeepSpeed's `{name}` mode casts the offsets, where small updates are lost: set `{name}=False`, in the "
+                "accelerate configuration `mixed_precision: 'no'`, and load the base model in bfloat16 with "
+                '`model_init_kwargs={"dtype": "bfloat16"}`.'
+            )
+
+
 def check_can_evaluate(trainer: Any) -> None:
     """Raise if FSDP2 has not sharded the model yet, which accelerate does only together with the optimizer.
 
@@ -57,8 +76,8 @@ def check_processes_train_together(trainer: Any) -> None:
     if not isinstance(trainer.model_wrapped, DistributedDataParallel):
         raise RuntimeError(
             f"{trainer.accelerator.num_processes} processes run, but `{type(trainer.model_wrapped).__name__}` is not "
-            "wrapped in DistributedDataParallel, so each would train offsets of its own: make a new trainer, and start "
-            "with `accelerate launch`."
+            "wrapped in DistributedDataParallel, so each would train offsets of its own: make a new trainer, and "
+            "start with `accelerate launch`."
         )
 
 

@@ -57,6 +57,7 @@ class ExactResume(GRPOTrainer):
             "loss_before": self._total_loss_scalar,
             "metrics": self._metrics["train"],
             "seconds": self._seconds_before + time.time() - self._train_began,
+            "training": self.model.training,  # GRPO logs other metrics after an evaluation than after a step
         }
         (checkpoint / PROGRESS).write_text(json.dumps(progress, default=float), encoding="utf-8")
         if self.args.load_best_model_at_end and self._start:
@@ -84,6 +85,7 @@ class ExactResume(GRPOTrainer):
         self._total_loss_scalar = progress["loss_before"]
         if progress["loss_since_log"] is not None and hasattr(self, "_tr_loss"):
             self._tr_loss += progress["loss_since_log"]
+        self.model.train(progress["training"])
         self._metrics["train"].clear()
         self._metrics["train"].update(progress["metrics"])
 

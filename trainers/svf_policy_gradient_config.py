@@ -116,7 +116,8 @@ class SVFPolicyGradientConfig(GRPOConfig):
             Micro-batches per optimizer step. One optimizer step learns from `per_device_train_batch_size` ×
             `gradient_accumulation_steps` × processes answers: 64 by default on one process.
         bf16 (`bool`, *optional*):
-            Whether to use bfloat16 autocast. By default on accelerators that support it, not on CPU.
+            Whether to use bfloat16 autocast. By default on accelerators that support it, not on CPU and not with
+            DeepSpeed, whose bfloat16 mode casts the offsets.
         gradient_checkpointing (`bool`, *optional*):
             Whether to recompute activations in the backward pass. By default on accelerators, not on CPU.
         load_best_model_at_end (`bool`, *optional*, defaults to `False`):
@@ -232,7 +233,8 @@ class SVFPolicyGradientConfig(GRPOConfig):
     def __post_init__(self) -> None:
         self.chooses_steps_per_generation = self.steps_per_generation is None and self.generation_batch_size is None
         if self.bf16 is None:  # GRPOConfig would turn it on and then fail on a machine without a GPU
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+            uses_deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # casts offsets
+            self.bf16 = not (self.fp16 or self.use_cpu or uses_deepspeed) and is_torch_bf16_gpu_available()
         if self.load_best_model_at_end:
             self._make_every_evaluation_a_candidate()
         # transformers 5.23 calls the option `activation_checkpointing` and turns it off if neither name is set.
@@ -287,8 +289,8 @@ class SVFPolicyGradientConfig(GRPOConfig):
         if self.num_iterations != 1 or self.gradient_accumulation_steps % self.steps_per_generation:
             raise ValueError(
                 "REINFORCE learns from answers of the current policy: `num_iterations` must be 1 and "
-                f"`steps_per_generation` ({self.steps_per_generation}; or what follows from `generation_batch_size`) "
-                f"must divide `gradient_accumulation_steps` ({self.gradient_accumulation_steps})."
+                f"`steps_per_generation` ({self.steps_per_generation}) must divide `gradient_accumulation_steps` "
+                f"({self.gradient_accumulation_steps})."
             )
 
     def _check_generation_options(self) -> None:
@@ -301,9 +303,10 @@ class SVFPolicyGradientConfig(GRPOConfig):
                 "Greedy answers to one prompt are all the same: use `num_generations_eval=1`, or set "
                 "`eval_temperature` above 0."
             )
-        for name in ("use_transformers_continuous_batching", "use_transformers_paged"):
+        options = ("use_transformers_continuous_batching", "use_transformers_paged", "bf16_full_eval", "fp16_full_eval")
+        for name in options:
             if getattr(self, name, False):
-                raise ValueError(f"`{name}` casts the offsets to bfloat16 for good and is not supported: remove it.")
+                raise ValueError(f"`{name}` casts the offsets to half precision for good and is not supported: remove it.")
         check_decoding(self)
 
     def _refuse_options_without_effect(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import textwrap
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import GRPOTrainer
 
@@ -24,16 +23,22 @@ from peft_svf.trainers.answer_metrics import EvalAnswers, lengths_and_ends, scor
 from peft_svf.trainers.best_checkpoint import StartIsACandidate
 from peft_svf.trainers.callbacks.parameter_checks import ParameterChecks
 from peft_svf.trainers.checkpoints import AtomicCheckpoints
-from peft_svf.trainers.distributed import check_can_evaluate, forget_evaluation, whole_head
+from peft_svf.trainers.distributed import (
+    check_can_evaluate,
+    forget_evaluation,
+    refuse_half_precision_engine,
+    whole_head,
+)
 from peft_svf.trainers.completion_tables import CompletionTables
 from peft_svf.trainers.decoding import decoding_temperature
+from peft_svf.trainers.forward_checks import check_forward
 from peft_svf.trainers.finite_loss import StopsOnNonFinite
 from peft_svf.trainers.generation_memory import StepsPerGenerationThatFit
 from peft_svf.trainers.hidden_states import (
     add_hidden_states_output,
     check_logits_follow_from_hidden_states,
-    positions,
-    takes_position_ids,
+    padded_inputs,
+    without_router_logits,
 )
 from peft_svf.trainers.kl_sweep import KLSweep
 from peft_svf.trainers.reward_metrics import exact_reward_metrics, mean_of_batches, total_rewards
@@ -42,10 +47,16 @@ from peft_svf.trainers.rollout_guards import GuardsRollouts
 from peft_svf.trainers.svf_policy_gradient_config import SVFPolicyGradientConfig
 from peft_svf.trainers.token_scores import LanguageModelHead, TokenScores, score_tokens
 from peft_svf.trainers.training_logs import TrainingLogs
+from peft_svf.trainers.vision import (
+    ImagePrompts,
+    adapt_language_model_only,
+    check_processor,
+    multimodal_inputs,
+)
 from peft_svf.tuner import SVFConfig
 
 
-class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, GuardsRollouts, TrainingLogs, CompletionTables, StartIsACandidate, MergedRollouts, StepsPerGenerationThatFit, GRPOTrainer):
+class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, GuardsRollouts, TrainingLogs, CompletionTables, StartIsACandidate, MergedRollouts, StepsPerGenerationThatFit, ImagePrompts, GRPOTrainer):
     r"""
     Trainer for experts by singular value fine-tuning (SVF) with policy gradients, as in Transformer²: Self-adaptive
     LLMs ([2501.06252](https://huggingface.co/papers/2501.06252)).
@@ -60,6 +71,10 @@ class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, Gua
     merged weights, evaluation is greedy with exact means, and with `load_best_model_at_end=True` the starting point is
     a candidate for the best checkpoint.
 
+    With `use_vllm=True` merged weights reach vLLM through TRL's own sync, before the answers of every step, and the
+    log-probabilities in the policy term are weighted by TRL's `importance_sampling_ratio`. Tested up to the sync, with
+    a stand-in for the engine; not run with vLLM itself. FSDP and quantized base models are refused.
+
     Logs `policy_loss`, `entropy` and, with a `kl_coef`, `kl` (mean over tokens) and `kl_sequence` (sum over tokens,
     what `kl_coef` multiplies) in addition to GRPO's `reward`, `rewards/<function>/mean` and `completions/*`, how far
     the singular values have moved (`z/rms_change`, `z/max_change`, and with evaluations `z/layers/<index>` and
@@ -68,7 +83,8 @@ class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, Gua
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            A causal language model, with `peft_config`, or one that already has a trainable adapter.
+            A causal language model, which may see images, with `peft_config`, or one that already has a trainable
+            adapter.
         reward_funcs (`Callable` or `list[Callable]`):
             Reward functions as in [`~trl.GRPOTrainer`]: called with `prompts`, `completions` and every column of the
             dataset, they return one number per completion, normally −1 or +1, or None for "cannot be judged".
@@ -76,12 +92,13 @@ class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, Gua
             Configuration. Defaults to one named after the model.
         train_dataset ([`~datasets.Dataset`]):
             Prompts in a column `prompt`, as text or as a list of chat messages, and what the reward functions need.
+            Images, for chat messages only, in a column `image` or, several for a prompt, `images`.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             Prompts to evaluate on. With several, each logs under its own name: `eval_<name>_reward`.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer. Defaults to the model's.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            The tokenizer or, for prompts with images, the processor. Defaults to the model's.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            What to train, normally `SVFConfig()`.
+            What to train, normally `SVFConfig()`. Of a vision-language model, "all-linear" adapts the language model.
         kwargs:
             Other arguments of [`~trl.GRPOTrainer`]: `callbacks`, `optimizers`, `tools`, `rollout_func` and so on.
 
@@ -132,7 +149,7 @@ class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, Gua
         args: SVFPolicyGradientConfig | None = None,
         train_dataset: checks.AnyDataset | None = None,
         eval_dataset: checks.EvalDataset = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         *,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
@@ -151,6 +168,7 @@ class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, Gua
         checks.check_enough_prompts(train_dataset, args)
         checks.check_best_metric(args, eval_dataset)
         given = checks.trainable_snapshot(model)
+        loading = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
         super().__init__(
             model,
             reward_funcs,
@@ -158,11 +176,11 @@ class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, Gua
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            peft_config=copy.deepcopy(peft_config),  # PEFT writes into it
+            peft_config=adapt_language_model_only(peft_config, model, loading),
             **kwargs,
         )
-        if self._is_vlm:
-            raise ValueError("Processors with images are not supported: pass the tokenizer as `processing_class`.")
+        checks.check_images(self._is_vlm, train_dataset, eval_dataset)
+        refuse_half_precision_engine(self)
         self._keep_float32(given)
         if args.disable_dropout:
             disable_all_dropout(self.model)
@@ -171,10 +189,13 @@ class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, Gua
         self._adapter_layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
         self._refuse_merged()
         self._base_model: Any = self.accelerator.unwrap_model(self.model).get_base_model()
+        if self._is_vlm:
+            check_processor(self.processing_class, self._base_model)
         add_hidden_states_output(self._base_model)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not sharded:
             check_logits_follow_from_hidden_states(self._base_model)
+            check_forward(self._base_model)
         # SVF's unmerge puts the original weights back bit for bit; other methods drift, and vLLM's sync merges itself.
         configs = [self.model.peft_config[name] for name in self.model.active_adapters]
         quantized = getattr(self._base_model, "is_quantized", False)
@@ -202,7 +223,8 @@ class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, Gua
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         training = self.model.training
-        with contextlib.nullcontext() if training else decoding_temperature(self, self.args.eval_temperature):
+        decoding = contextlib.nullcontext() if training else decoding_temperature(self, self.args.eval_temperature)
+        with decoding, without_router_logits(self._base_model):
             output = super()._generate_and_score_completions(inputs)
         n = self.num_generations if training else self.num_generations_eval
         rewards = total_rewards(self._rewards_per_func, self.reward_weights)
@@ -270,12 +292,8 @@ class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, Gua
         """Scores of the sampled tokens marked in `valid`, with a KL if there is a `kl_coef`."""
         self._refuse_merged()
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)  # (B, P + T)
-        model_inputs = {
-            "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            "attention_mask": attention_mask,
-        }
-        if takes_position_ids(self._base_model):
-            model_inputs["position_ids"] = positions(attention_mask)
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        model_inputs = padded_inputs(self._base_model, input_ids, attention_mask) | multimodal_inputs(inputs)
 
         def hidden_states() -> Tensor:  # (tokens, hidden): the states that predict the sampled tokens
             states = model(**model_inputs, return_hidden_states_only=True)

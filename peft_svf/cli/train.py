@@ -203,6 +203,8 @@ def train_and_report(
     write_json(output / RESULTS_FILE, found)
     if improved:
         write_card(trainer, task, output, evaluations)
+    else:
+        (output / "README.md").unlink(missing_ok=True)  # the card that comes with checkpoints, of an expert
     print_outcome(trainer, output, evaluations, improved)
 
 

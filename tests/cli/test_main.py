@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,9 @@ def test_demo_refuses_to_overwrite_a_folder_before_it_trains(
         ([], "the following arguments are required: COMMAND"),
         (["demo", "--steps", "0"], "must be at least 1, got 0"),
         (["demo", "--steps", "many"], "invalid positive value: 'many'"),
-        (["train"], "invalid choice: 'train'"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "the following arguments are required: --model, --task, --output"),
+        (["evaluate"], "the following arguments are required: --model, --task"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,3 +55,31 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"peft-svf {__version__}\n"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in ("train", "evaluate", "demo", "cache"))
+
+
+def test_arguments_are_parsed_without_importing_what_takes_seconds() -> None:
+    """`peft-svf --help` answers without TRL, which a command imports when it runs."""
+    program = """
+import sys
+from peft_svf.cli.main import main
+try:
+    main(["evaluate", "--help"])
+except SystemExit:
+    pass
+print("imported:", [name for name in ("trl", "datasets", "peft_svf.cli.train") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "imported: []" in done.stdout
+
+
+def test_the_command_line_runs_as_a_module_for_launchers() -> None:
+    command = [sys.executable, "-m", "peft_svf.cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"peft-svf {__version__}\n"

@@ -74,7 +74,7 @@ def kill_once(
     process: subprocess.Popen[str], way: str, place: Path, reference: Path, seconds: float, rng: random.Random
 ) -> str:
     """Start the waiting `process` and kill it in one of the three ways; says when, if it had not come to its end."""
-    began = time.monotonic()
+    began, since = time.monotonic(), time.time()
     if way == "at a file":
         k = rng.randint(1, int((reference / "accesses").read_text()))
         go(process, k=k)
@@ -86,7 +86,7 @@ def kill_once(
             delay = rng.uniform(0.0, seconds)
             wait_until(process, lambda: time.monotonic() - began > delay)
         else:
-            wait_until(process, lambda: (place / "run" / "_saving").exists())
+            wait_until(process, lambda: is_saving(place / "run" / "_saving", since))
             time.sleep(rng.uniform(0.0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -99,6 +99,14 @@ def kill_once(
 def wait_until(process: subprocess.Popen[str], condition: object) -> None:
     while process.poll() is None and not condition():  # type: ignore[operator]
         time.sleep(0.0005)
+
+
+def is_saving(staging: Path, since: float) -> bool:
+    """Whether a save is under way that began after `since`, and is not what an earlier kill left."""
+    try:
+        return staging.stat().st_mtime > since
+    except FileNotFoundError:
+        return False
 
 
 def state_of(place: Path) -> str:

@@ -161,10 +161,8 @@ WIDE: dict[str, Any] = {**LAYERS, "hidden_size": 128, "intermediate_size": 384, 
     ],
     ids=["long answers", "long prompts", "large vocabulary", "experts"],
 )
-def test_estimate_covers_what_generate_allocates(
-    model: Callable[[], PreTrainedModel], prompt: int, answer: int
-) -> None:
-    model = model().eval()
+def test_estimate_covers_what_generate_allocates(build: Callable[[], Any], prompt: int, answer: int) -> None:
+    model = build().eval()
     peaks = []
     for batch in (4, 12):
         with PeakMemory() as memory, torch.no_grad():

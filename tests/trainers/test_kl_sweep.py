@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from peft_svf.trainers import SVFPolicyGradientTrainer
 from peft_svf.trainers.fresh_trainer import remember
@@ -44,14 +44,32 @@ def even_share(completions: list[Any], **kwargs: Any) -> list[float]:
 
 
 class Interrupt(TrainerCallback):
-    """Raises at the end of a step of the run with one coefficient."""
+    """Raises at the end of a step, or of the micro-batch after it, of the run with one coefficient."""
 
-    def __init__(self, kl_coef: float, step: int) -> None:
-        self.when = SimpleNamespace(kl_coef=kl_coef, step=step)  # an object of ours is not set back
+    def __init__(self, kl_coef: float, step: int, where: str = "on_step_end") -> None:
+        self.when = SimpleNamespace(kl_coef=kl_coef, step=step, where=where)  # an object of ours is not set back
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (args.kl_coef, state.global_step) == (self.when.kl_coef, self.when.step):
+        self.maybe(args, state, "on_step_end")
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.maybe(args, state, "on_substep_end")
+
+    def maybe(self, args: Any, state: Any, where: str) -> None:
+        now = SimpleNamespace(kl_coef=args.kl_coef, step=state.global_step, where=where)
+        if now == self.when:
             raise KeyboardInterrupt
+
+
+class Exhausted(TrainerCallback):
+    """Stops training at its fourth evaluation, which one run does not reach."""
+
+    def __init__(self) -> None:
+        self.evaluations: list[int] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluations.append(state.global_step)
+        control.should_training_stop = len(self.evaluations) > 3
 
 
 class Flaky:
@@ -105,19 +123,26 @@ def checkpoints(folder: Path) -> list[str]:
 
 # -- the runs --------------------------------------------------------------------------------------------------------
 def test_every_run_is_that_of_a_fresh_trainer_bit_for_bit(make_sweep: MakeTrainer, tmp_path: Path) -> None:
-    """Also after a training of the same trainer, and with a callback that counts."""
-
-    def callbacks() -> list[TrainerCallback]:
-        return [EarlyStoppingCallback(early_stopping_patience=2)]
-
-    swept = make_sweep({"callbacks": callbacks()}, output_dir=str(tmp_path / "sweep"), kl_coef=0.7)
-    swept.train()
+    """Also after a training of the same trainer that was interrupted between two micro-batches."""
+    interrupt = Interrupt(0.7, 3, "on_substep_end")
+    swept = make_sweep(
+        {"callbacks": [Exhausted(), interrupt]},
+        output_dir=str(tmp_path / "sweep"),
+        kl_coef=0.7,
+        steps_per_generation=2,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        swept.train()
+    assert swept._step % 2 and swept._buffered_inputs is not None
     coefficients = [0.0, 0.3, 2.0]
     best = {}
     result = swept.sweep_kl(coefficients)
     for kl_coef in coefficients:
         fresh = make_sweep(
-            {"callbacks": callbacks()}, output_dir=str(tmp_path / f"fresh-{kl_coef:g}"), kl_coef=kl_coef
+            {"callbacks": [Exhausted()]},
+            output_dir=str(tmp_path / f"fresh-{kl_coef:g}"),
+            kl_coef=kl_coef,
+            steps_per_generation=2,
         )
         fresh.train()
         best[kl_coef] = offsets(fresh)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from peft_svf import SVFConfig
 from peft_svf.trainers import SVFPolicyGradientTrainer
@@ -119,3 +122,19 @@ def test_a_run_logs_how_far_it_went(make_trainer: Callable[..., SVFPolicyGradien
     scales = scales_in_the_weights(trainer.model)
     assert last["z/rms_change"] == pytest.approx(rms(list(scales.values())), rel=1e-3)
     assert last["z/layers/0"] > 0
+
+
+@pytest.mark.parametrize("config", [SVFConfig(init_weights=False), SVFConfig.paper(init_weights=False)])
+def test_shards_of_fsdp2_are_gathered(config: SVFConfig, tiny: SimpleNamespace, tmp_path: Path) -> None:
+    """In one process, which shows that shards are recognized; in two, the numbers were equal as well."""
+    model = get_peft_model(tiny.model(), config)
+    statistics = OffsetStatistics(model)
+    whole = statistics.collect(by_place=True)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(model)
+        sharded = [p for p in model.parameters() if p.requires_grad and isinstance(p, DTensor)]
+        assert len(sharded) == 14
+        assert statistics.collect(by_place=True) == whole
+    finally:
+        distributed.destroy_process_group()

@@ -129,46 +129,32 @@ def test_a_kl_that_explodes_while_the_reward_is_lost(make_run: MakeTrainer, capl
     assert "the KL from the base model is " in messages(caplog)[0] and trainer.state.global_step < 15
 
 
-def learns_then_races(at: int) -> Any:
-    """A reward of brevity that becomes a race for length: what was good in between is a checkpoint."""
-
-    def reward(completions: list[Any], trainer_state: Any, **kwargs: Any) -> list[float]:
-        if trainer_state.global_step < at:
-            return [4.0 - n for n in lengths(completions)]
-        return [value - 10.0 for value in longest_wins(completions)]
-
-    return reward
+def learns_then_races(completions: list[Any], trainer_state: Any, **kwargs: Any) -> list[float]:
+    """A reward for answers of four words that becomes, after four steps, a race for length."""
+    if trainer_state.global_step < 4:
+        return [-float(abs(n - 4)) for n in lengths(completions)]
+    return [value - 10.0 for value in longest_wins(completions)]
 
 
-def test_the_best_checkpoint_from_before_is_restored(
+def test_the_best_checkpoint_from_before_is_restored_also_by_a_resumed_run(
     make_run: MakeTrainer, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 60}
-    trainer = make_run(learns_then_races(6), **options)
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 20, "kl_coef": 1e-6}
+    trainer = make_run(learns_then_races, **options)
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    assert trainer.state.global_step < 60
+    step = trainer.state.global_step
+    assert step < 20
     rewards = {e["step"]: e["reward"] for e in trainer.state.log_history if "reward" in e}
     means = {s: sum(rewards[i] for i in range(max(1, s - 3), s + 1)) / min(s, 4) for s in rewards if s % 2 == 0}
-    best = max(means, key=lambda step: means[step])
-    assert best == 6
+    best = max(means, key=lambda at: means[at])
+    assert 0 < best < step - 4 and means[best] > rewards[1]
     assert f"checkpoint-{best} are restored" in messages(caplog)[1]
     assert is_at(trainer, tmp_path / "run" / f"checkpoint-{best}") and not is_at_start(trainer)
 
-
-def test_a_resumed_run_stops_at_the_same_step(
-    make_run: MakeTrainer, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 60}
-    whole = make_run(learns_then_races(6), **options)
-    whole.train()
-    step = whole.state.global_step
-    resumed = make_run(learns_then_races(6), **options)
-    checkpoint = tmp_path / "run" / f"checkpoint-{(step - 1) // 2 * 2}"
-    with caplog.at_level(logging.WARNING):
-        resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert resumed.state.global_step == step
-    assert is_at(resumed, tmp_path / "run" / "checkpoint-6")
+    resumed = make_run(learns_then_races, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{(step - 1) // 2 * 2}"))
+    assert resumed.state.global_step == step and is_at(resumed, tmp_path / "run" / f"checkpoint-{best}")
 
 
 class Evaluations(TrainerCallback):

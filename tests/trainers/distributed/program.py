@@ -51,6 +51,10 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def uses_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
 class Scripted(SVFPolicyGradientTrainer):
     """Answers depend on the prompt and the step alone, so that every number of processes sees the same ones."""
 
@@ -74,7 +78,7 @@ def settings(folder: Path, accumulation: int = 1, **options: Any) -> SVFPolicyGr
         "per_device_eval_batch_size": 8 // world(),
         "max_completion_length": 6,
         "max_steps": STEPS,
-        "use_cpu": True,
+        "use_cpu": not uses_deepspeed(),  # which accelerate switches off with `use_cpu`
         "logging_steps": 1,
         "disable_tqdm": True,
         "report_to": [],
@@ -105,9 +109,18 @@ def make(
     return trainer
 
 
+def whole(parameter: Tensor) -> Tensor:
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone().contiguous()
+
+
 def parameters(trainer: SVFPolicyGradientTrainer, trainable: bool) -> dict[str, Tensor]:
     return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone().contiguous()
+        name: whole(p)
         for name, p in trainer.model.named_parameters()
         if p.requires_grad == trainable
     }
@@ -115,6 +128,21 @@ def parameters(trainer: SVFPolicyGradientTrainer, trainable: bool) -> dict[str, 
 
 def offsets(trainer: SVFPolicyGradientTrainer) -> dict[str, Tensor]:
     return parameters(trainer, trainable=True)
+
+
+def from_path(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Result:
+    """The model loaded by the trainer, which ZeRO-3 partitions while it is read, and saved at the end."""
+    options = {"model_init_kwargs": {"dtype": str(dtype).removeprefix("torch.")}, **options}
+    trainer = make(folder, arguments={"model": str(folder.parent / f"base_{dtype}")}, **options)
+    trainer.train()
+    trainer.save_model(str(folder / "expert"))
+    return facts_of(trainer), offsets(trainer)
+
+
+def save_bases(folder: Path) -> None:
+    """Write what `from_path` reads. Not in the program: under ZeRO-3 a model is saved without its weights."""
+    for dtype in (torch.float32, torch.bfloat16):
+        builders.build_model(dtype).save_pretrained(folder / f"base_{dtype}")
 
 
 def facts_of(trainer: SVFPolicyGradientTrainer) -> Facts:
@@ -253,6 +281,9 @@ SCENARIOS: dict[str, Callable[[Path], Result]] = {
     "masked": lambda folder: curve(folder, mask_truncated_completions=True),
     "unjudged": lambda folder: curve(folder, arguments={"reward_funcs": by_row}),
     "accumulated": lambda folder: curve(folder, accumulation=4 // world()),
+    "from path": from_path,
+    "from path in bfloat16": lambda folder: from_path(folder, torch.bfloat16),
+    "bf16": lambda folder: curve(folder, bf16=True),
     "evaluation": evaluation,
     "best": lambda folder: best(folder, [0.5, 0.2, 0.9, 0.4]),
     "start is best": lambda folder: best(folder, [0.5, 0.2, 0.3, 0.4]),
@@ -283,6 +314,17 @@ def switch_fsdp_on() -> None:
     AcceleratorState.__init__ = with_fsdp  # type: ignore[method-assign]
 
 
+def let_deepspeed_run_on_cpu() -> None:
+    import deepspeed
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    # DeepSpeed would compile a faster collective first, which takes minutes.
+    deepspeed.ops.__compatible_ops__.update(deepspeed_shm_comm=False, shm_comm=False)
+    # accelerate looks for a backend of a GPU, finds none and goes on as one process.
+    PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_CPU)  # type: ignore[method-assign]
+
+
 def leave(folder: Path, scenario: str, rank: int, result: Result) -> None:
     facts, tensors = result
     save_file(tensors, folder / f"{scenario}.{rank}.safetensors")
@@ -292,6 +334,8 @@ def leave(folder: Path, scenario: str, rank: int, result: Result) -> None:
 def main() -> None:
     folder, *scenarios = sys.argv[1:]
     rank = int(os.environ["RANK"])
+    if uses_deepspeed() and not torch.cuda.is_available():
+        let_deepspeed_run_on_cpu()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
         switch_fsdp_on()
     for scenario in scenarios:
