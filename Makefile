@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: demo test test-upstream test-upstream-fast check-rewards lint clean
+.PHONY: demo test test-upstream test-upstream-fast check-rewards test-faults lint clean
 
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,9 @@ test-upstream-fast: $(VENV)/.installed  ## the part of it that continuous integr
 
 check-rewards: $(VENV)/.installed  ## rewards and sandbox against the real data sets in ../shared
 	$(BIN)/python tests/check_rewards $(CHECK_ARGS)
+
+test-faults: $(VENV)/.installed  ## kill a training process at random moments, resume it, compare
+	$(BIN)/python tests/faults $(FAULT_ARGS)
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .

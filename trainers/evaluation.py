@@ -90,8 +90,12 @@ class Evaluation:
             turns = (blocks[j % len(blocks)][j // len(blocks)] for j in range(sum(map(len, blocks))))
             return [value for block in turns for value in block]
 
-        merged = [merge([getattr(part, name) for part in parts]) for name in ("answers", "rewards", "reasons")]
-        return cls(*merged, samples=samples)
+        return cls(
+            answers=merge([part.answers for part in parts]),
+            rewards=merge([part.rewards for part in parts]),
+            reasons=merge([part.reasons for part in parts]),
+            samples=samples,
+        )
 
 
 @torch.inference_mode()

@@ -87,9 +87,7 @@ class StopsOnNonFinite(GRPOTrainer):
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         local = len(output["completion_ids"])
         start = self.accelerator.process_index * local
-        output["rewards"] = self._rewards_per_func[
-            start : start + local
-        ]  # travels with its answers, to be saved with them
+        output["rewards"] = self._rewards_per_func[start : start + local]  # to be saved with their answers
         return output
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -113,8 +111,8 @@ class StopsOnNonFinite(GRPOTrainer):
         places = gather_object([facts["not_finite"]])
         named = [f"{', '.join(map(str, rows))} of process {i}" for i, rows in enumerate(places) if rows]
         values = ", ".join(f"`{name}` is {value}" for name, value in broken.items())
-        where = f"answers {' and '.join(named)}" if named else "no single answer"
-        self._stop_with_batch("the loss is", f"The mean {values}, because of {where}.", tensors, facts)
+        where = f", because of answers {' and '.join(named)}" if named else "; no single answer explains it"
+        self._stop_with_batch("the loss is", f"The mean {values}{where}.", tensors, facts)
 
     def _stop_at_gradient(self) -> NoReturn:
         micro_batches = self._finite_gradients.micro_batches

@@ -19,7 +19,6 @@ import psutil  # type: ignore[import-untyped, unused-ignore]
 import torch
 from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 from trl import GRPOTrainer, prepare_multimodal_messages
@@ -161,12 +160,12 @@ def longest_prompt(trainer: Any) -> int:
     """Tokens of the longest prompt, as TRL renders them, among those of a sample with the most characters."""
     dataset = trainer.train_dataset
     if isinstance(dataset, Dataset):
-        sample = range(0, len(dataset), -(-len(dataset) // PROMPTS_LOOKED_AT))
+        sample = list(range(0, len(dataset), -(-len(dataset) // PROMPTS_LOOKED_AT)))
         if "prompt" in dataset.column_names:
             texts = dataset.select_columns("prompt").select(sample)
             lengths = {i: len(str(row["prompt"])) for i, row in zip(sample, texts, strict=True)}
             sample = sorted(lengths, key=lambda i: -lengths[i])
-        rows = [dataset[i] for i in list(sample)[:PROMPTS_TOKENIZED]]
+        rows = [dataset[i] for i in sample[:PROMPTS_TOKENIZED]]
     else:
         rows = list(dataset.take(PROMPTS_TOKENIZED))
     prompts = [copy.deepcopy(row.get("prompt", [{"role": "user", "content": ""}])) for row in rows]
@@ -244,7 +243,8 @@ class StepsPerGenerationThatFit(GRPOTrainer):
         path = None if checkpoint is None else Path(checkpoint) / "trainer_state.json"
         if path is None or not path.is_file():
             return None
-        entry = TrainerState.load_from_json(str(path)).stateful_callbacks.get(StepsPerGenerationRecord.__name__)  # type: ignore[union-attr, attr-defined]
+        callbacks: Any = TrainerState.load_from_json(str(path)).stateful_callbacks
+        entry = callbacks.get(StepsPerGenerationRecord.__name__)
         record = entry["args"] if isinstance(entry, dict) else {}
         if record.get("batches") != self._batches():
             return None
@@ -287,14 +287,14 @@ class StepsPerGenerationThatFit(GRPOTrainer):
         )
         return steps
 
-    def _free_for_answers(self, model: nn.Module) -> int:
+    def _free_for_answers(self, model: Any) -> int:
         """Bytes free for answers once all weights, and the merged ones, are on the device."""
         device = self.accelerator.device
         missing = [p.nbytes for p in model.parameters() if p.device.type != device.type]  # FSDP moves shards later
         buffers = [b.nbytes for b in model.buffers() if b.device.type != device.type]
         free = free_bytes(device) - sum(missing) // self.accelerator.num_processes - sum(buffers)
         if self._generates_merged:
-            free -= merged_copy_bytes(self._adapter_layers, model.dtype.itemsize)  # type: ignore[union-attr, attr-defined, arg-type]
+            free -= merged_copy_bytes(self._adapter_layers, model.dtype.itemsize)
         return free
 
     def _inform(self, message: str) -> None:

@@ -121,7 +121,7 @@ class KLSweep(StartIsACandidate):
         fresh.restore(self)
         self._keep_winner(folder, result, winner)
         losers = [folder / _run_name(run.kl_coef) for run in ordered if run is not winner]
-        self._on_main(lambda: [_delete_checkpoints(loser) for loser in losers])  # now that the choice is recorded
+        self._on_main(lambda: _delete_checkpoints(*losers))  # now that the choice is recorded
         return result
 
     # -- before ------------------------------------------------------------------------------------------------------
@@ -289,13 +289,13 @@ def _save_state(state: TrainerState, folder: Path) -> None:
     os.replace(partial, folder / TRAINER_STATE_NAME)
 
 
-def _delete_checkpoints(folder: Path) -> None:
-    for path in files.checkpoints(folder):
-        shutil.rmtree(path)
+def _delete_checkpoints(*folders: Path) -> None:
+    for folder in folders:
+        for path in files.checkpoints(folder):
+            shutil.rmtree(path)
 
 
 def _forget(folder: Path) -> None:
     """Delete the record first: checkpoints without one are refused, never continued by mistake."""
     (folder / SWEEP_NAME).unlink()
-    for run in folder.glob("kl-*"):
-        _delete_checkpoints(run)
+    _delete_checkpoints(*folder.glob("kl-*"))

@@ -33,11 +33,12 @@ def save_batch(folder: str, process: int, tensors: dict[str, Tensor], facts: dic
         folder (`str`): Made if it does not exist.
         process (`int`): Rank of the process, whose share of the batch this is.
         tensors (`dict[str, Tensor]`): On any device.
-        facts (`dict[str, Any]`): Plain data. Numbers that JSON does not know become `"nan"`, `"inf"` and `"-inf"`.
+        facts (`dict[str, Any]`): Plain data. Numbers that JSON does not know become `"nan"`, `"inf"` and `"-inf"`;
+            what is no data, such as an image of a prompt, is named by its `str`.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     on_cpu = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps(_strict(facts), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_strict(facts), indent=1, ensure_ascii=False, allow_nan=False, default=str)
     _write(Path(folder) / f"process-{process}.safetensors", safetensors.torch.save(on_cpu))
     _write(Path(folder) / f"process-{process}.json", text.encode())
 

@@ -11,8 +11,8 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from peft_svf.trainers.advantages import Baseline
-from peft_svf.trainers.decoding import check_decoding
 from peft_svf.trainers.callbacks.guard_options import check_guard_options
+from peft_svf.trainers.decoding import check_decoding
 from peft_svf.trainers.token_scores import KLEstimator
 
 
@@ -132,17 +132,18 @@ class SVFPolicyGradientConfig(GRPOConfig):
         > Parameters that control the guards
 
         zero_variance_patience (`int`, *optional*, defaults to `10`):
-            Warn, and say what to try, when all rewards have been the same for this many optimizer steps in a row: there
-            is nothing to learn from. With `baseline="group"`, the same within every group. 0 is never.
+            Warn, and say what to try, when all rewards have been the same for this many optimizer steps in a row:
+            there is nothing to learn from. With `baseline="group"`, the same within every group. 0 is never.
         collapse_patience (`int`, *optional*, defaults to `10`):
-            Stop when, for this many optimizer steps in a row, nearly all answers have been cut off, or have shrunk to a
-            tenth, or are as random as no text is, or the KL is above `collapse_kl`, and the reward has lost what it had
-            gained. Ends at the best checkpoint with `load_best_model_at_end=True`, otherwise at the one from before
-            with the best training reward, or at the start. Ten steps outlast a bad batch or two and cost little of a run. 0 is never.
+            Stop when, for this many optimizer steps in a row, nearly all answers have been cut off, or have shrunk to
+            a tenth, or are as random as no text is, or the KL is above `collapse_kl`, and the reward has lost what it
+            had gained. Ends at the best checkpoint with `load_best_model_at_end=True`, otherwise at the one from
+            before with the best training reward, or at the start. Ten steps outlast a few bad batches and cost little
+            of a run. 0 is never.
         collapse_kl (`float`, *optional*, defaults to `1.0`):
             KL from the base model, in nats per token above that of the first step, which counts as a collapse if the
-            reward is lost too. Only with a `kl_coef`. Healthy runs stay below 0.1; at 1 the base model would find the
-            average token e times less likely than the policy does.
+            reward is lost too. Only with a `kl_coef`. At 1 the policy finds its tokens e times likelier, on average,
+            than the base model does.
 
         > Parameters that control logging
 

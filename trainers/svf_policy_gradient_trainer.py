@@ -31,8 +31,8 @@ from peft_svf.trainers.distributed import (
 )
 from peft_svf.trainers.completion_tables import CompletionTables
 from peft_svf.trainers.decoding import decoding_temperature
-from peft_svf.trainers.forward_checks import check_forward
 from peft_svf.trainers.finite_loss import StopsOnNonFinite
+from peft_svf.trainers.forward_checks import check_forward
 from peft_svf.trainers.generation_memory import StepsPerGenerationThatFit
 from peft_svf.trainers.hidden_states import (
     add_hidden_states_output,
@@ -42,8 +42,8 @@ from peft_svf.trainers.hidden_states import (
 )
 from peft_svf.trainers.kl_sweep import KLSweep
 from peft_svf.trainers.reward_metrics import exact_reward_metrics, mean_of_batches, total_rewards
-from peft_svf.trainers.rollouts import MergedRollouts, check_vllm, disable_all_dropout
 from peft_svf.trainers.rollout_guards import GuardsRollouts
+from peft_svf.trainers.rollouts import MergedRollouts, check_vllm, disable_all_dropout
 from peft_svf.trainers.svf_policy_gradient_config import SVFPolicyGradientConfig
 from peft_svf.trainers.token_scores import LanguageModelHead, TokenScores, score_tokens
 from peft_svf.trainers.training_logs import TrainingLogs

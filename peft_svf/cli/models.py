@@ -93,6 +93,6 @@ def for_rows(processor: Processor, columns: list[str]) -> Processor:
         )
     if has_images or not isinstance(processor, ProcessorMixin):
         return processor
-    tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
+    tokenizer: Any = processor.tokenizer
     tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
     return tokenizer

@@ -42,7 +42,7 @@ from peft_svf.trainers.generation_memory import GIB, answer_bytes, cache_bytes, 
 MakeTrainer = Callable[..., SVFPolicyGradientTrainer]
 SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
 LAYERS: dict[str, Any] = {**SIZES, "num_hidden_layers": 4, "num_key_value_heads": 2}
-MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MOE: dict[str, Any] = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 LINEAR: dict[str, Any] = {
     "linear_num_key_heads": 2,
@@ -75,10 +75,10 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
             **LAYERS, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2
         )
     ),
-    "experts": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**LAYERS, **MOE, head_dim=16)),
+    "experts": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**LAYERS, **MOE)),
 }
 BOUNDED: dict[str, tuple[Callable[[], PreTrainedModel], float]] = {
-    "linear attention": (lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**LAYERS, **MOE, **LINEAR, head_dim=16)), 3),
+    "linear attention": (lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**LAYERS, **MOE, **LINEAR)), 3),
     "convolutions": (lambda: Lfm2ForCausalLM(Lfm2Config(**LAYERS, layer_types=["conv", "full_attention"] * 2)), 3),
     # Up to some version, transformers cached keys and values, 160 numbers here, instead of the latent of 24.
     "latent attention": (lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**LATENT)), 160 / 24),
@@ -87,7 +87,8 @@ BOUNDED: dict[str, tuple[Callable[[], PreTrainedModel], float]] = {
 
 def cache_of(model: PreTrainedModel, tokens: int) -> int:
     """Bytes of the tensors in the cache after `tokens` tokens, one at a time as in generation."""
-    past, seen = None, {}
+    past: Any = None
+    seen: dict[int, int] = {}
     with torch.no_grad():
         for _ in range(tokens):
             past = model.eval()(input_ids=torch.tensor([[5]]), past_key_values=past, use_cache=True).past_key_values
@@ -96,7 +97,8 @@ def cache_of(model: PreTrainedModel, tokens: int) -> int:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             seen[value.data_ptr()] = value.nbytes
         elif isinstance(value, dict):
-            [visit(part) for part in value.values()]
+            for part in value.values():
+                visit(part)
 
     for layer in past.layers:
         visit(vars(layer))
@@ -157,7 +159,7 @@ WIDE: dict[str, Any] = {**LAYERS, "hidden_size": 128, "intermediate_size": 384, 
         (lambda: LlamaForCausalLM(LlamaConfig(**WIDE)), 8, 48),
         (lambda: LlamaForCausalLM(LlamaConfig(**WIDE)), 200, 4),
         (lambda: LlamaForCausalLM(LlamaConfig(**{**WIDE, "vocab_size": 6000})), 8, 8),
-        (lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**WIDE, **MOE}, head_dim=32)), 100, 16),
+        (lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**WIDE, **MOE})), 100, 16),
     ],
     ids=["long answers", "long prompts", "large vocabulary", "experts"],
 )
@@ -255,7 +257,7 @@ def calls_of_generate(trainer: SVFPolicyGradientTrainer) -> list[int]:
     return sizes
 
 
-ACCUMULATE = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 12, "max_steps": 1}
+ACCUMULATE: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 12, "max_steps": 1}
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ OPTIONS = {
     "logging_steps": 2,
     "learning_curve": False,
 }
-NOT_NUMBERS = ("runtime", "per_second", "step_time", "flos", "tokens_per_second")
+NOT_NUMBERS = ("runtime", "preparation_time", "per_second", "step_time", "flos", "tokens_per_second")
 
 
 def even_share(completions: list[Any], **kwargs: Any) -> list[float]:

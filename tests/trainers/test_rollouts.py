@@ -27,8 +27,14 @@ from peft_svf.trainers import SVFPolicyGradientTrainer
 
 
 MakeTrainer = Callable[..., SVFPolicyGradientTrainer]
-SIZES = {"vocab_size": 28, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
-LLAMA = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {"vocab_size": 28, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA: dict[str, Any] = {
+    **SIZES,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def llama(**options: Any) -> PreTrainedModel:
@@ -40,7 +46,7 @@ def gpt2() -> PreTrainedModel:
 
 
 def qwen_moe() -> PreTrainedModel:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**LLAMA, **experts, num_key_value_heads=2, initializer_range=0.2))
 
 
@@ -253,7 +259,7 @@ def test_dropout_that_attention_keeps_as_a_number_is_disabled(
     losses = {trainer._compute_loss(trainer.model, batch).item() for _ in range(3)}
     assert len(losses) == 1
     assert model.config.attention_dropout == 0.5  # what is saved stays as it was
-    trainer = make_trainer(
-        {"model": llama(attention_dropout=0.5)}, per_device_train_batch_size=4, disable_dropout=False
-    )
+    model = llama(attention_dropout=0.5)
+    trainer = make_trainer({"model": model}, per_device_train_batch_size=4, disable_dropout=False)
+    batch = rollout(trainer, 4)
     assert len({trainer._compute_loss(trainer.model, batch).item() for _ in range(3)}) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -22,12 +23,13 @@ def example() -> ModuleType:
     spec = importlib.util.spec_from_file_location("train_routing_expert", EXAMPLE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
 def test_a_few_steps_on_an_instruction_that_the_base_model_half_follows(example: ModuleType, tmp_path: Path) -> None:
-    """The playground's base routes by its bank's instruction without a mistake; by a bare list of labels it does not."""
+    """By its bank's instruction the playground's base makes no mistake; by a bare list of labels it does."""
     bank = ExpertBank.from_pretrained(BANK_FOLDER)
     dispatcher = PromptDispatcher(bank, instruction="math code reasoning others")
     task = routing_task(example.SOURCES, instruction=dispatcher.instruction, tokenizer=bank.tokenizer)

@@ -83,7 +83,7 @@ def test_grpo_options_without_effect_are_refused_by_name(make_config: MakeConfig
         "length_column_name": "tokens",
         "data_seed": 3,
     }
-    default = defaults[name]
+    default: Any = defaults[name]
     value = (
         special[name] if name in special else not default if isinstance(default, bool) else (default or 0.0) + 0.125
     )

@@ -43,7 +43,6 @@ SPECIAL = [
     "<video>",
     "<fake_token_around_image>",
     "<end_of_utterance>",
-    "<global-img>",
 ]
 IMAGE, START, STOP, VIDEO = range(len(WORDS), len(WORDS) + 4)
 CHAT_TEMPLATE = (
@@ -69,7 +68,7 @@ PINPOINTS = [[8, 16], [16, 8], [16, 16]]
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 
-# -- tiny models -------------------------------------------------------------------------------------------------------
+# -- tiny models ------------------------------------------------------------------------------------------------------
 def build_tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*WORDS, *SPECIAL])}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -181,7 +180,7 @@ def build(kind: str) -> tuple[Any, Any]:
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
-                parameter.mul_(4.0)
+                parameter.mul_(4.0) if parameter.any() else parameter.normal_()  # Gemma 3 starts blind
     return model, processor
 
 
@@ -215,13 +214,12 @@ def make_vlm(make_trainer: Callable[..., SVFPolicyGradientTrainer], tiny: Simple
     return make
 
 
-# -- one answer at a time, by the model itself -------------------------------------------------------------------------
+# -- one answer at a time, by the model itself ------------------------------------------------------------------------
 def own_inputs(trainer: Any, row: dict[str, Any]) -> dict[str, Tensor]:
     messages = prepare_multimodal_messages(row["prompt"], images=row["images"])
     text = trainer.processing_class.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return dict(
-        trainer.processing_class(images=[row["images"]] if row["images"] else None, text=[text], return_tensors="pt")
-    )
+    images = [row["images"]] if row["images"] else None
+    return dict(trainer.processing_class(images=images, text=[text], return_tensors="pt"))
 
 
 @torch.no_grad()
@@ -304,12 +302,14 @@ def test_gradient_of_micro_batches_is_that_of_the_whole(make_vlm: MakeVLM, kind:
             per_device_train_batch_size=per_device,
             gradient_accumulation_steps=accumulation,
             max_steps=1,
+            optim="sgd",  # AdamW blows up the rounding of gradients near 0
+            learning_rate=1.0,
+            max_grad_norm=1e9,
         )
         trainer.train()
         after.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]))
-    assert after[0].abs().max() > 0
-    torch.testing.assert_close(after[0], after[1], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(after[0], after[2], rtol=1e-3, atol=1e-5)
+    for other in after[1:]:
+        assert (after[0] - other).norm() < 1e-4 * after[0].norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -345,7 +345,7 @@ def test_a_column_of_single_images_some_of_them_missing(make_vlm: MakeVLM) -> No
     assert "pixel_values" not in without and len(scores(trainer, without)) == 2
 
 
-# -- what is adapted ---------------------------------------------------------------------------------------------------
+# -- what is adapted --------------------------------------------------------------------------------------------------
 def adapted(trainer: Any) -> set[str]:
     """Names of the adapted layers."""
     marker = ".svf_offset.default.weight"
@@ -374,13 +374,13 @@ def test_only_the_language_model_by_path(make_vlm: MakeVLM, tmp_path: Path, capl
         ("all-linear", ["q_proj", "down_proj"], {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}),
         ("all-linear", r".*_proj", None),
         (["linear_1", "gate_proj"], None, {"linear_1", "gate_proj"}),
-        (r"model\.vision_tower\..*fc1", None, {"fc1"}),
+        (r"model\.vision_tower\..*[01]\.mlp\.fc1", None, {"fc1"}),  # the last layer of the tower has no effect
     ],
 )
 def test_modules_that_the_user_names(make_vlm: MakeVLM, target: Any, exclude: Any, expected: set[str] | None) -> None:
     config = SVFConfig(target_modules=target, exclude_modules=exclude)
     if expected is None:
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="exclude"):
             make_vlm("LLaVA-NeXT", questions(8), {"peft_config": config})
         return
     trainer = make_vlm("LLaVA-NeXT", questions(8), {"peft_config": config}, max_steps=1)
@@ -397,7 +397,7 @@ def test_a_model_with_an_adapter_of_its_own_keeps_it(make_vlm: MakeVLM) -> None:
     assert any("vision_tower" in name for name in adapted(trainer))
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- what is refused --------------------------------------------------------------------------------------------------
 def test_images_without_a_processor(make_vlm: MakeVLM) -> None:
     with pytest.raises(ValueError, match=r"train dataset has images in its column `images`.*AutoProcessor"):
         make_vlm("LLaVA-NeXT", questions(8), {"processing_class": build_tokenizer()})
@@ -410,24 +410,21 @@ def test_text_only_with_the_tokenizer(make_vlm: MakeVLM, tiny: SimpleNamespace) 
     assert all("language_model" in name for name in adapted(trainer))
 
 
-def test_inputs_that_trl_would_lose() -> None:
+def test_inputs_that_trl_would_lose(tiny: SimpleNamespace) -> None:
     """Mllama's forward needs the aspect ratios of its tiles."""
-    model = SimpleNamespace(config=SimpleNamespace(image_token_id=3), forward=None)
-    model.__class__ = type(
-        "Model", (SimpleNamespace,), {"forward": transformers.MllamaForConditionalGeneration.forward}
-    )
+    forward = transformers.MllamaForConditionalGeneration.forward
+    model: Any = type("Model", (), {"forward": forward, "config": SimpleNamespace(image_token_id=3)})()
     names = ["input_ids", "attention_mask", "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "num_tiles"]
     with pytest.raises(ValueError, match="takes `aspect_ratio_ids`, `aspect_ratio_mask` with its images"):
         check_processor(SimpleNamespace(model_input_names=names), model)
     for kind in KINDS:
         model, processor = build(kind)
         check_processor(processor, model)
-    model.config.image_token_id = None
-    with pytest.raises(ValueError, match="has no image token"):
-        check_processor(processor, model)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no image token"):
+        check_processor(processor, tiny.model())
 
 
-# -- the paper's task --------------------------------------------------------------------------------------------------
+# -- the paper's task -------------------------------------------------------------------------------------------------
 def test_a_step_on_textvqa(make_vlm: MakeVLM, tmp_path: Path) -> None:
     task = get_task("textvqa")
     rows = []

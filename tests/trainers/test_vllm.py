@@ -185,9 +185,15 @@ def rollout(trainer: SVFPolicyGradientTrainer) -> dict[str, Any]:
 
 
 def qwen_moe() -> PreTrainedModel:
-    sizes = {"vocab_size": 28, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    sizes: dict[str, Any] = {
+        "vocab_size": 28,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     torch.manual_seed(0)
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, **heads, eos_token_id=2, pad_token_id=0))
 

@@ -201,3 +201,9 @@ def test_a_healthy_run_is_the_same_to_the_bit(
     plain.remove_callback(FiniteGradientsCallback)
     plain.train()
     assert offsets(plain).abs().max() > 0 and torch.equal(offsets(guarded), offsets(plain))
+
+
+def test_what_is_no_plain_data_is_named(tmp_path: Path) -> None:
+    save_batch(str(tmp_path), 0, {"ids": torch.arange(9)[::2]}, {"prompt": [{"image": Path("cat.png")}], "r": [1.5]})
+    tensors, facts = read(str(tmp_path))
+    assert facts == {"prompt": [{"image": "cat.png"}], "r": [1.5]} and tensors["ids"].tolist() == [0, 2, 4, 6, 8]

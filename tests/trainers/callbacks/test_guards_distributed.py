@@ -26,7 +26,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
     """The folder of all scenarios, and what they came to in each process."""
     folder = tmp_path_factory.mktemp("two_processes")
     result = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder), *SCENARIOS], capture_output=True, text=True, timeout=300
+        [sys.executable, str(PROGRAM), str(folder), *SCENARIOS], capture_output=True, text=True, timeout=500
     )
     logs = "\n".join(f"--- process {log.stem}\n{log.read_text()}" for log in sorted(folder.glob("*.log")))
     assert result.returncode == 0, f"{result.stderr}\n{logs}"

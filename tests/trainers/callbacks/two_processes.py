@@ -31,7 +31,7 @@ from peft_svf.trainers import NonFiniteLossError, SVFPolicyGradientConfig, SVFPo
 
 
 PROCESSES = 2
-TIMEOUT = 90  # seconds, for all scenarios together
+TIMEOUT = 240  # seconds, for all scenarios together
 
 spec = importlib.util.spec_from_file_location("builders", Path(__file__).parents[1] / "conftest.py")
 builders: Any = importlib.util.module_from_spec(spec)

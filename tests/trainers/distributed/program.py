@@ -119,11 +119,7 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def parameters(trainer: SVFPolicyGradientTrainer, trainable: bool) -> dict[str, Tensor]:
-    return {
-        name: whole(p)
-        for name, p in trainer.model.named_parameters()
-        if p.requires_grad == trainable
-    }
+    return {name: whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad == trainable}
 
 
 def offsets(trainer: SVFPolicyGradientTrainer) -> dict[str, Tensor]:
@@ -186,7 +182,9 @@ def evaluation(folder: Path) -> Result:
 class GreedyInEvaluation(Scripted):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         skipped = Scripted if not self.model.training else SVFPolicyGradientTrainer
-        method = super(skipped, self)._generate_single_turn if not self.model.training else super()._generate_single_turn
+        method = (
+            super(skipped, self)._generate_single_turn if not self.model.training else super()._generate_single_turn
+        )
         return method(*args, **kwargs)
 
 
