@@ -45,8 +45,8 @@ def refuse_half_precision_engine(trainer: Any) -> None:
         enabled = config.get(name, {}).get("enabled", False)
         if enabled is True or getattr(trainer.args, name):
             raise ValueError(
-                f"DeepSpeed's `{name}` mode casts the offsets, where small updates are lost: set `{name}=False`, in the "
-                "accelerate configuration `mixed_precision: 'no'`, and load the base model in bfloat16 with "
+                f"DeepSpeed's `{name}` mode casts the offsets, where small updates are lost: set `{name}=False`, in "
+                "the accelerate configuration `mixed_precision: 'no'`, and load the base model in bfloat16 with "
                 '`model_init_kwargs={"dtype": "bfloat16"}`.'
             )
 

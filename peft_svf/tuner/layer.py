@@ -242,8 +242,8 @@ class SVFLayer(BaseTunerLayer):
             self.svf_unmerged_weight = original
         elif self.svf_unmerged_layer is None:
             self.svf_unmerged_layer = UnmergedLayer(self.get_base_layer())
+        self.merged_adapters.extend(new)  # first: whatever interrupts the next line, `unmerge` mends it
         self.set_base_weight(merged)
-        self.merged_adapters.extend(new)
 
     def unmerge(self) -> None:
         """Put the weight from before [`~SVFLayer.merge`] back, bit for bit, quantized or not."""

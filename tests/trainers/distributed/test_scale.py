@@ -33,7 +33,7 @@ needs_deepspeed = pytest.mark.skipif(
 CURVES = ["curve", "accumulated", "group", "masked", "unjudged"]
 LAUNCHES = {
     "cpu": [*CURVES, "evaluation", "best", "start is best", "resumed", "sampled"],
-    "fsdp2": ["curve", "masked", "evaluation", "best", "start is best", "resumed", "sampled"],
+    "fsdp2": ["curve", "evaluation", "best", "start is best", "resumed", "sampled"],
     "deepspeed_zero2": ["curve", "best", "start is best", "sampled"],
     "deepspeed_zero3": ["curve", "from path", "from path in bfloat16", "evaluation", "sampled"],
 }
@@ -160,7 +160,6 @@ def test_two_processes_really_run(launched: Launch, config: str, wrapper: str) -
     [
         *(("cpu", scenario) for scenario in CURVES),
         ("fsdp2", "curve"),
-        ("fsdp2", "masked"),
         *(pytest.param(config, "curve", marks=needs_deepspeed) for config in DEEPSPEED),
         pytest.param("deepspeed_zero3", "from path", marks=needs_deepspeed),
     ],
@@ -190,7 +189,9 @@ def test_each_sample_is_counted_once(launched: Launch, single: Single, config: s
     rewards = [1.0 if i % 2 else -1.0 for i in range(21) if i % 3]
     assert expected["eval_valid_rewards/by_row/mean"] == pytest.approx(sum(rewards) / len(rewards))
     for facts in launched(config, "evaluation").facts:
-        assert_same_history([facts["metrics"]], [expected])
+        measured = {name for name in expected if "preparation_time" in name}  # logged by the first evaluation alone
+        found = {name: value for name, value in facts["metrics"].items() if name not in measured}
+        assert_same_history([found], [{name: value for name, value in expected.items() if name not in measured}])
 
 
 def test_evaluation_before_training_does_not_keep_processes_apart(launched: Launch, single: Single) -> None:
