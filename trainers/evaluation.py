@@ -60,8 +60,8 @@ class Evaluation:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of `success`; several answers to one prompt are not taken as independent."""
-        share, low, high = grouped_success_interval(self._per_prompt())
-        return min(low, share), max(high, share)  # rounding: with successes only, `high` is 1 − 1e-16
+        _, low, high = grouped_success_interval(self._per_prompt())
+        return low, high
 
     def gain_over(self, base: Evaluation) -> tuple[float, float, float]:
         """

@@ -27,7 +27,7 @@ def wilson_interval(successes: float, n: float) -> tuple[float, float]:
     share = successes / n
     center = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = NORMAL_QUANTILE_975 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, center - half), min(1.0, center + half)
+    return max(0.0, min(share, center - half)), min(1.0, max(share, center + half))  # it holds the share itself
 
 
 def grouped_mean(groups: Sequence[Sequence[float]]) -> tuple[float, float]:

@@ -108,6 +108,7 @@ def make_config(tmp_path: Path) -> Callable[..., SVFPolicyGradientConfig]:
             "seed": 0,
             "disable_tqdm": True,
             "save_strategy": "no",
+            "learning_curve": False,
             "learning_rate": 1e-2,
             "max_grad_norm": 1.0,
         }

@@ -134,7 +134,7 @@ def test_every_run_is_that_of_a_fresh_trainer_bit_for_bit(make_sweep: MakeTraine
     with pytest.raises(KeyboardInterrupt):
         swept.train()
     assert swept._step % 2 and swept._buffered_inputs is not None
-    coefficients = [0.0, 0.3, 2.0]
+    coefficients = [0.0, 0.3]
     best = {}
     result = swept.sweep_kl(coefficients)
     for kl_coef in coefficients:
@@ -149,7 +149,7 @@ def test_every_run_is_that_of_a_fresh_trainer_bit_for_bit(make_sweep: MakeTraine
         assert logs_of_runs(tmp_path / "sweep")[f"kl-{kl_coef:g}"] == numbers(fresh.state.log_history)
         (run,) = [run for run in result.runs if run.kl_coef == kl_coef]
         assert run.score == fresh.state.best_metric and run.base_score == fresh.base_eval_reward
-    assert len({str(log) for log in logs_of_runs(tmp_path / "sweep").values()}) == 3, "the coefficient has to matter"
+    assert len({str(log) for log in logs_of_runs(tmp_path / "sweep").values()}) == 2, "the coefficient has to matter"
     assert result.winner is not None and torch.equal(offsets(swept), best[result.winner])
 
 
@@ -158,17 +158,17 @@ def test_an_interrupted_sweep_continues_to_the_same_numbers(
     make_sweep: MakeTrainer, tmp_path: Path, step: int
 ) -> None:
     whole = make_sweep(output_dir=str(tmp_path / "whole"))
-    expected = whole.sweep_kl([0.0, 0.3, 2.0])
+    expected = whole.sweep_kl([0.0, 0.3])
     first = make_sweep({"callbacks": [Interrupt(0.3, step)]}, output_dir=str(tmp_path / "run"))
     with pytest.raises(KeyboardInterrupt):
-        first.sweep_kl([0.0, 0.3, 2.0])
+        first.sweep_kl([0.0, 0.3])
     assert (first.args.kl_coef, first.args.output_dir) == (0.0, str(tmp_path / "run"))
     record = json.loads((tmp_path / "run" / "kl_sweep.json").read_text())
     assert [run["kl_coef"] for run in record["runs"]] == [0.0] and not record["chosen"]
     finished = (tmp_path / "run" / "kl-0" / "trainer_state.json").stat().st_mtime_ns
 
     second = make_sweep(output_dir=str(tmp_path / "run"))
-    result = second.sweep_kl([0.0, 0.3, 2.0])
+    result = second.sweep_kl([0.0, 0.3])
     assert [dataclasses.replace(run, seconds=0.0) for run in result.runs] == [
         dataclasses.replace(run, seconds=0.0) for run in expected.runs
     ]

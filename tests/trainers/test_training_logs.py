@@ -98,7 +98,7 @@ def test_adapters_that_are_not_svf_log_all_but_the_statistics(make_trainer: Make
 
 
 def test_without_a_target_only_our_files_are_written(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    make_trainer(**EVALUATED, report_to="none").train()
+    make_trainer(**EVALUATED, report_to="none", learning_curve=True).train()
     known = {"learning_curve.csv", "learning_curve.png", "validation_rewards.safetensors"}
     assert {path.name for path in (tmp_path / "run").iterdir()} <= known
     assert os.listdir(tmp_path) == ["run"]

@@ -269,7 +269,7 @@ def test_scores_and_answers_are_the_model_s_own(
     assert any(not torch.allclose(a, b) for a, b in zip(scores(trainer, batch), scores(trainer, other), strict=True))
 
 
-@pytest.mark.parametrize("counts", [(1,), (2, 0, 0, 1, 1)], ids=["one image", "none to two"])
+@pytest.mark.parametrize("counts", [(1,), (2, 0, 0, 1, 2)], ids=["one image", "none to two"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_keep_images_with_their_prompts(
     make_vlm: MakeVLM, tiny: SimpleNamespace, kind: str, counts: tuple[int, ...]

@@ -16,7 +16,7 @@ from peft_svf.trainers.learning_curve import Row, read_learning_curve, rows_by_s
 
 
 MakeTrainer = Callable[..., SVFPolicyGradientTrainer]
-EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "report_to": "none"}
+EVALUATED = {"learning_curve": True, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "report_to": "none"}
 CLOCK = ("tokens_per_second", "step_time", "runtime", "samples_per_second", "steps_per_second")
 
 
@@ -62,7 +62,7 @@ def test_without_matplotlib_there_is_a_table_and_a_hint(
 
 
 def test_it_can_be_turned_off(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    make_trainer(**EVALUATED, learning_curve=False).train()
+    make_trainer(**{**EVALUATED, "learning_curve": False}).train()
     assert files(tmp_path / "run") == set()
 
 
@@ -85,7 +85,7 @@ def test_a_table_that_cannot_be_written_does_not_end_the_training(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(learning_curve, "write_learning_curve", full_disk)
-    trainer = make_trainer(max_steps=2, report_to="none")
+    trainer = make_trainer(max_steps=2, report_to="none", learning_curve=True)
     trainer.train()
     assert trainer.state.global_step == 2
     warnings = [record.message for record in caplog.records if record.name == learning_curve.__name__]
@@ -103,6 +103,6 @@ def test_slow_writing_waits_but_the_end_is_complete(
         "write_learning_curve",
         lambda history, path: (written.append(history[-1]["step"]), original(history, path)),
     )
-    make_trainer(max_steps=3, report_to="none").train()
+    make_trainer(max_steps=3, report_to="none", learning_curve=True).train()
     assert written == [1, 3]
     assert len(read_learning_curve(tmp_path / "run" / "learning_curve.csv")) == 3
