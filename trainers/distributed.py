@@ -52,15 +52,18 @@ def refuse_half_precision_engine(trainer: Any) -> None:
 
 
 def check_can_evaluate(trainer: Any) -> None:
-    """Raise if FSDP2 has not sharded the model yet, which accelerate does only together with the optimizer.
+    """Raise if FSDP2 or DeepSpeed has not taken the model yet, which works only together with the optimizer.
+
+    accelerate cannot prepare the model alone for FSDP2; with DeepSpeed the training that follows finds no engine.
 
     Raises:
         RuntimeError: Says what to do instead.
     """
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if getattr(plugin, "fsdp_version", 1) == 2 and not trainer.accelerator._models:
+    uses_fsdp2 = getattr(plugin, "fsdp_version", 1) == 2
+    if (uses_fsdp2 or trainer.is_deepspeed_enabled) and not trainer.accelerator._models:
         raise RuntimeError(
-            "Under FSDP2 the model can be evaluated only during and after `train()`: set `eval_on_start=True` for the "
+            f"Under {'FSDP2' if uses_fsdp2 else 'DeepSpeed'} the model can be evaluated only during and after `train()`: set `eval_on_start=True` for the "
             "score before the first step, or evaluate in one process."
         )
 

@@ -44,8 +44,10 @@ def cache_bytes(config: Any, tokens: int, itemsize: int) -> int:
     """
     layers = config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
-    per_token = _key_value_numbers(config) * itemsize
+    attends = getattr(config, "num_attention_heads", None) is not None  # Mamba and its like do not
+    kind_of_all = ("sliding_attention" if window else "full_attention") if attends else "mamba"
+    types = getattr(config, "layer_types", None) or [kind_of_all] * layers
+    per_token = _key_value_numbers(config) * itemsize if attends else 0
     total = 0
     for kind in types[: layers - (getattr(config, "num_kv_shared_layers", None) or 0)]:  # Gemma 3n, 4: the last share
         if kind in ("moe", "mlp"):
@@ -87,12 +89,14 @@ def _state_numbers(config: Any) -> int:
         2 * product("linear_num_key_heads", "linear_key_head_dim")
         + product("linear_num_value_heads", "linear_value_head_dim"),
         product("mamba_expand", "hidden_size") + 2 * product("mamba_n_groups", "mamba_d_state"),
+        product("expand", "hidden_size") + 2 * product("n_groups", "state_size"),
         int(config.hidden_size),
     )
     recurrent = max(
         product("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
         product("mamba_n_heads", "mamba_d_head", "mamba_d_state"),
         product("mamba_expand", "hidden_size", "mamba_d_state"),
+        product("expand", "hidden_size", "state_size"),
     )
     return width * kernel + recurrent
 

@@ -83,7 +83,7 @@ def kill_once(
     else:
         go(process)
         if way == "any time":
-            delay = rng.uniform(0.0, seconds)
+            delay = rng.uniform(0.0, 0.8 * seconds)  # the reference also copies its checkpoints
             wait_until(process, lambda: time.monotonic() - began > delay)
         else:
             wait_until(process, lambda: is_saving(place / "run" / "_saving", since))
@@ -173,9 +173,11 @@ def main(arguments: list[str]) -> int:
             for chain in pool.map(
                 lambda chain: run_chain(chain, folder, seconds[chain.recipe], options.kills_per_run), chains
             ):
-                say("\n".join(chain.lines))
+                for line in chain.lines:
+                    say(line)
                 kills += chain.kills
                 faults += chain.faults
         say(f"{kills} kills in {runs} runs, {len(faults)} differences to the uninterrupted runs")
-        say("\n".join(faults))
+        for fault in faults:
+            say(fault)
     return bool(faults)

@@ -202,9 +202,12 @@ def test_evaluation_before_training_does_not_keep_processes_apart(launched: Laun
     assert_same_offsets(two.offsets, single("evaluation").offsets[0])
 
 
-def test_fsdp2_refuses_evaluation_before_training(launched: Launch) -> None:
-    for facts in launched("fsdp2", "evaluation").facts:
-        assert "Under FSDP2" in facts["refused"] and "`eval_on_start=True`" in facts["refused"]
+@pytest.mark.parametrize(
+    ("config", "name"), [("fsdp2", "FSDP2"), pytest.param("deepspeed_zero3", "DeepSpeed", marks=needs_deepspeed)]
+)
+def test_sharded_evaluation_before_training_is_refused(launched: Launch, config: str, name: str) -> None:
+    for facts in launched(config, "evaluation").facts:
+        assert f"Under {name} the model" in facts["refused"] and "`eval_on_start=True`" in facts["refused"]
 
 
 @pytest.mark.parametrize("config", ["cpu", "fsdp2", pytest.param("deepspeed_zero2", marks=needs_deepspeed)])
