@@ -63,8 +63,8 @@ def check_can_evaluate(trainer: Any) -> None:
     uses_fsdp2 = getattr(plugin, "fsdp_version", 1) == 2
     if (uses_fsdp2 or trainer.is_deepspeed_enabled) and not trainer.accelerator._models:
         raise RuntimeError(
-            f"Under {'FSDP2' if uses_fsdp2 else 'DeepSpeed'} the model can be evaluated only during and after `train()`: set `eval_on_start=True` for the "
-            "score before the first step, or evaluate in one process."
+            f"Under {'FSDP2' if uses_fsdp2 else 'DeepSpeed'} the model can be evaluated only during and after "
+            "`train()`: set `eval_on_start=True` for the score before the first step, or evaluate in one process."
         )
 
 

@@ -128,7 +128,7 @@ def run_chain(chain: Chain, folder: Path, seconds: float, max_kills: int) -> Cha
             if process.wait() != 0:
                 raise RuntimeError(f"The resumed run fails: see {place / 'output'}.")
             break
-        way = WAYS[(chain.seed + chain.kills) % len(WAYS)]
+        way = rng.choice(WAYS)
         moment = kill_once(process, way, place, reference, seconds, rng)
         if not moment:
             break
