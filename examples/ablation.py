@@ -63,7 +63,7 @@ def _svf() -> PeftConfig:
     return SVFConfig(task_type="CAUSAL_LM")
 
 
-SVF_RATES = (2e-3, 1e-2, 2e-2, 5e-2)
+SVF_RATES = (2e-3, 1e-2, 3e-2, 1e-1)
 LORA_RATES = (1e-4, 5e-4, 2e-3, 1e-2)
 IA3_RATES = (2e-3, 1e-2, 5e-2, 2e-1)
 

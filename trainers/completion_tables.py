@@ -29,6 +29,9 @@ class CompletionTables(GRPOTrainer):
       missing in some batches.
     """
 
+    _logs: Any  # of GRPO, like the two below
+    log_completions: bool
+    num_completions_to_print: int | None
     _evaluation: str | None = None  # metric prefix of the running evaluation
     _step_of_table: int | None = None
     _completions_in_batch = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class OffsetStatistics:
         changes = []
         for name in [name for name in layer.active_adapters if name in layer.svf_offset]:
             offset = layer.svf_offset[name]
-            weight = offset.weight.full_tensor() if isinstance(offset.weight, DTensor) else offset.weight
+            weight: Any = offset.weight.full_tensor() if isinstance(offset.weight, DTensor) else offset.weight
             if not isinstance(offset, SVFOffset) or weight.shape != self.shapes.get(id(offset), weight.shape):
                 return None
             change = functional_call(offset, {"weight": weight}, (layer.svf_singular_values,))

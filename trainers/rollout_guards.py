@@ -6,7 +6,6 @@ import logging
 import os
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import EarlyStoppingCallback
@@ -16,6 +15,7 @@ from trl import GRPOTrainer
 from peft_svf.trainers.callbacks.collapse import CollapseCallback
 from peft_svf.trainers.callbacks.reward_variance import RewardVarianceCallback
 from peft_svf.trainers.callbacks.rollout_guard import RolloutGuard
+from peft_svf.trainers.distributed import write_parameters
 
 
 logger = logging.getLogger(__name__)
@@ -64,10 +64,7 @@ class GuardsRollouts(GRPOTrainer):
         # The main process decides: others may not see its files.
         [sound] = broadcast_object_list([next((folder for folder in folders if os.path.isdir(folder)), None)])
         if sound is None:
-            with torch.no_grad():
-                for name, parameter in self.model.named_parameters():
-                    if name in self._start:
-                        parameter.copy_(self._start[name])
+            write_parameters(self.model, self._start)
             logger.warning(
                 "No better checkpoint from before the collapse: the starting offsets are restored. With "
                 '`load_best_model_at_end=True`, or `save_strategy="steps"` and fewer `save_steps`, less is lost.'

@@ -94,8 +94,8 @@ def bootstrap_interval(
 ) -> tuple[float, float, float]:
     """Mean of a table (training seeds × prompts) with a 95 % interval over both: (mean, low, high).
 
-    Seeds and prompts are drawn anew with replacement, each on its own (crossed), so that the interval covers the choice
-    of prompts and that of seeds. With fewer than about ten seeds it is still too narrow for the latter.
+    Seeds and prompts are drawn anew with replacement, each on its own (crossed), so that the interval covers the
+    choice of prompts and that of seeds. With fewer than about ten seeds it is still too narrow for the latter.
 
     Args:
         values (`Sequence[Sequence[float]]`): One row a seed, one column a prompt; the same prompts in every row.

@@ -58,6 +58,12 @@ OPTIONS_THAT_BREAK = {
     "bf16_full_eval": "casts the offsets to bfloat16 for good",
     "fp16_full_eval": "casts the offsets to float16 for good",
 }
+OPTIONS_THAT_CAST_OFFSETS = (
+    "use_transformers_continuous_batching",
+    "use_transformers_paged",
+    "bf16_full_eval",
+    "fp16_full_eval",
+)
 PAPER_BATCH_SIZE = 256  # answers per optimizer step, Table 6 of arXiv 2501.06252
 
 
@@ -304,10 +310,9 @@ class SVFPolicyGradientConfig(GRPOConfig):
                 "Greedy answers to one prompt are all the same: use `num_generations_eval=1`, or set "
                 "`eval_temperature` above 0."
             )
-        options = ("use_transformers_continuous_batching", "use_transformers_paged", "bf16_full_eval", "fp16_full_eval")
-        for name in options:
+        for name in OPTIONS_THAT_CAST_OFFSETS:
             if getattr(self, name, False):
-                raise ValueError(f"`{name}` casts the offsets to half precision for good and is not supported: remove it.")
+                raise ValueError(f"`{name}` casts the offsets to half precision for good: remove it.")
         check_decoding(self)
 
     def _refuse_options_without_effect(self) -> None:

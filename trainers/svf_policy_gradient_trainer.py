@@ -23,14 +23,14 @@ from peft_svf.trainers.answer_metrics import EvalAnswers, lengths_and_ends, scor
 from peft_svf.trainers.best_checkpoint import StartIsACandidate
 from peft_svf.trainers.callbacks.parameter_checks import ParameterChecks
 from peft_svf.trainers.checkpoints import AtomicCheckpoints
+from peft_svf.trainers.completion_tables import CompletionTables
+from peft_svf.trainers.decoding import decoding_temperature
 from peft_svf.trainers.distributed import (
     check_can_evaluate,
     forget_evaluation,
     refuse_half_precision_engine,
     whole_head,
 )
-from peft_svf.trainers.completion_tables import CompletionTables
-from peft_svf.trainers.decoding import decoding_temperature
 from peft_svf.trainers.finite_loss import StopsOnNonFinite
 from peft_svf.trainers.forward_checks import check_forward
 from peft_svf.trainers.generation_memory import StepsPerGenerationThatFit
@@ -56,7 +56,19 @@ from peft_svf.trainers.vision import (
 from peft_svf.tuner import SVFConfig
 
 
-class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, GuardsRollouts, TrainingLogs, CompletionTables, StartIsACandidate, MergedRollouts, StepsPerGenerationThatFit, ImagePrompts, GRPOTrainer):
+class SVFPolicyGradientTrainer(
+    KLSweep,
+    AtomicCheckpoints,
+    StopsOnNonFinite,
+    GuardsRollouts,
+    TrainingLogs,
+    CompletionTables,
+    StartIsACandidate,
+    MergedRollouts,
+    StepsPerGenerationThatFit,
+    ImagePrompts,
+    GRPOTrainer,
+):
     r"""
     Trainer for experts by singular value fine-tuning (SVF) with policy gradients, as in Transformer²: Self-adaptive
     LLMs ([2501.06252](https://huggingface.co/papers/2501.06252)).
@@ -240,7 +252,7 @@ class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, Gua
             self._metrics["train" if training else "eval"].pop("frac_reward_zero_std", None)  # always 1 here
         if not training:
             self._eval_rewards.append(self._rewards_per_func)
-            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
             endings = [*self.eos_token_ids, tokenizer.pad_token_id]
             lengths = lengths_and_ends(output, endings)
             self._eval_answers.add({name: self.accelerator.gather(values) for name, values in lengths.items()})
@@ -351,8 +363,8 @@ class SVFPolicyGradientTrainer(KLSweep, AtomicCheckpoints, StopsOnNonFinite, Gua
             metrics[f"{dataset_name}_{key}" if dataset_name else key] = values
         penalty = exact.get("kl_sequence", 0.0) if self.args.kl_estimator != "k1_reward" else 0.0
         exact["loss"] = exact["policy_loss"] + self.args.kl_coef * penalty
-        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in exact.items()})
-        return output
+        named = {f"{metric_key_prefix}_{key}": value for key, value in exact.items()}
+        return output._replace(metrics={**(output.metrics or {}), **named})
 
     # -- card --------------------------------------------------------------------------------------------------------
     def create_model_card(

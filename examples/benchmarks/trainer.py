@@ -32,28 +32,27 @@ from peft_svf.trainers.tasks import get_task
 
 
 PARTS = ("overhead", "success")
+TASKS = ("playground-math", "playground-reasoning", "playground-code", STORIES.name)
 COMPARED = ("SVF", "LoRA r16", "IA3")
 STORY_MODEL = Path(__file__).resolve().parents[3] / "shared" / "models" / "stories260K"
 QUICK_SIZE = Size(layers=1, hidden=64, vocabulary=128, answers=4, prompt_tokens=4, new_tokens=4)
 
 
-def settings(story_model: Path, quick: bool) -> Iterator[Setting]:
+def settings(tasks: list[str], story_model: Path) -> Iterator[Setting]:
     """The playground's families, and stories if their model is there."""
-    base = str(BANK_FOLDER / "base")
-    for family in ("math", "code", "reasoning"):
-        yield Setting(base, get_task(f"playground-{family}"), 40, 64, 64, 2560, 128, 300)
-        if quick:
-            return
-    if (story_model / "model.safetensors").is_file():
-        yield Setting(str(story_model), STORIES, 20, 64, 64, 606, 201, 201)
-    else:
-        print(f"No stories: there is no model at {story_model}; see --story-model.")
+    for name in tasks:
+        if name != STORIES.name:
+            yield Setting(str(BANK_FOLDER / "base"), get_task(name), 40, 64, 64, 2560, 128, 300)
+        elif (story_model / "model.safetensors").is_file():
+            yield Setting(str(story_model), STORIES, 20, 64, 64, 606, 201, 201)
+        else:
+            print(f"No stories: there is no model at {story_model}; see --story-model.")
 
 
 def success(arguments: argparse.Namespace) -> Iterator[str]:
     """One table a task, then the learning rates of SVF over all tasks."""
     found: list[Result] = []
-    for setting in settings(arguments.story_model, arguments.quick):
+    for setting in settings(arguments.tasks[:1] if arguments.quick else arguments.tasks, arguments.story_model):
         methods = [METHODS[name] for name in COMPARED]
         if arguments.quick:
             setting = replace(setting, steps=2, batch_size=8, micro_batch_size=8, validation_prompts=8, test_prompts=8)
@@ -80,6 +79,7 @@ def learning_rates(results: list[Result]) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of success (default: all)")
     parser.add_argument("--steps", type=int, default=10, help="counted steps of overhead (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs at the best learning rate (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")

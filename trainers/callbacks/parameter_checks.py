@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback
 
 from peft_svf.trainers import checks
@@ -26,8 +25,8 @@ class ParameterChecks(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         check_processes_train_together(self._trainer)
 
-    def on_step_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        checks.check_trainable(model)
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        checks.check_trainable(kwargs["model"])
 
-    def on_pre_optimizer_step(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        checks.check_trainable(model)
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        checks.check_trainable(kwargs["model"])

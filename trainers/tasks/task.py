@@ -40,9 +40,10 @@ class Task:
         label (`str`): The dispatcher's label for prompts of this task, e.g. `"math"`.
         load (`TaskLoader`):
             `load(split)` gives the rows of `"train"`, `"validation"` or `"test"` with the columns `prompt` (a list of
-            chat messages), `id` (stable across runs and machines), whatever `reward` needs and, where the data has one,
-            `solution` (a right answer in full, for next-token training). `n` takes that many rows, drawn with `seed`; `data_files` reads local files instead of the Hub; `batch_size` refuses a split
-            that is smaller than one batch.
+            chat messages), `id` (stable across runs and machines), whatever `reward` needs and, where the data has
+            one, `solution` (a right answer in full, for next-token training). `n` takes that many rows, drawn with
+            `seed`; `data_files` reads local files instead of the Hub; `batch_size` refuses a split that is smaller
+            than one batch.
         reward (`RewardFunction`):
             Reward function in TRL's signature: keywords `prompts`, `completions` and every dataset column. Returns −1
             or +1 per completion, None for an answer that cannot be judged.
