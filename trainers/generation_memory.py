@@ -125,7 +125,7 @@ def answer_bytes(
     activations = prompt_tokens * (6 * text.hidden_size + 3 * inner) * itemsize
     attention = prompt_tokens**2  # the mask
     if getattr(text, "_attn_implementation", None) == "eager":
-        attention *= text.num_attention_heads * (itemsize + 4)
+        attention *= (getattr(text, "num_attention_heads", None) or 1) * (itemsize + 4)
     if whole_prompt_logits:
         logits += prompt_tokens * text.vocab_size * itemsize
     reading = cache_bytes(text, prompt_tokens, itemsize) + activations + attention + logits
