@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from peft_svf.trainers.non_finite_batch import NonFiniteLossError
+    from peft_svf.trainers.guards.non_finite_batch import NonFiniteLossError
     from peft_svf.trainers.svf_policy_gradient_config import SVFPolicyGradientConfig
     from peft_svf.trainers.svf_policy_gradient_trainer import SVFPolicyGradientTrainer
 
 __all__ = ["NonFiniteLossError", "SVFPolicyGradientConfig", "SVFPolicyGradientTrainer"]
 
 _MODULES = {  # imported on first use: TRL's trainers take seconds
-    "NonFiniteLossError": "non_finite_batch",
+    "NonFiniteLossError": "guards.non_finite_batch",
     "SVFPolicyGradientConfig": "svf_policy_gradient_config",
     "SVFPolicyGradientTrainer": "svf_policy_gradient_trainer",
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_svf.trainers.token_scores import LanguageModelHead
+from peft_svf.trainers.loss.token_scores import LanguageModelHead
 
 
 def is_sharded(trainer: Any) -> bool:

@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from peft_svf.trainers.advantages import Baseline
-from peft_svf.trainers.callbacks.guard_options import check_guard_options
-from peft_svf.trainers.decoding import check_decoding
-from peft_svf.trainers.token_scores import KLEstimator
+from peft_svf.trainers.guards.guard_options import check_guard_options
+from peft_svf.trainers.loss.advantages import Baseline
+from peft_svf.trainers.loss.token_scores import KLEstimator
+from peft_svf.trainers.rollouts.decoding import check_decoding
 
 
 # GRPO options without any effect on this loss: a value other than GRPO's default is refused, not ignored.

@@ -18,41 +18,41 @@ from trl import GRPOTrainer
 
 from peft_svf.hub_cards import ExpertCardData, write_expert_card
 from peft_svf.trainers import checks
-from peft_svf.trainers.advantages import subtract_baseline
-from peft_svf.trainers.answer_metrics import EvalAnswers, lengths_and_ends, score_metrics
-from peft_svf.trainers.best_checkpoint import StartIsACandidate
-from peft_svf.trainers.callbacks.parameter_checks import ParameterChecks
-from peft_svf.trainers.checkpoints import AtomicCheckpoints
-from peft_svf.trainers.completion_tables import CompletionTables
-from peft_svf.trainers.decoding import decoding_temperature
+from peft_svf.trainers.checkpoints.atomic_checkpoints import AtomicCheckpoints
 from peft_svf.trainers.distributed import (
     check_can_evaluate,
     forget_evaluation,
     refuse_half_precision_engine,
     whole_head,
 )
-from peft_svf.trainers.finite_loss import StopsOnNonFinite
-from peft_svf.trainers.forward_checks import check_forward
-from peft_svf.trainers.generation_memory import StepsPerGenerationThatFit
-from peft_svf.trainers.hidden_states import (
+from peft_svf.trainers.guards.finite_loss import StopsOnNonFinite
+from peft_svf.trainers.guards.parameter_checks import ParameterChecks
+from peft_svf.trainers.guards.rollout_guards import GuardsRollouts
+from peft_svf.trainers.kl_sweep.sweep import KLSweep
+from peft_svf.trainers.logs.completion_tables import CompletionTables
+from peft_svf.trainers.logs.training_logs import TrainingLogs
+from peft_svf.trainers.loss.advantages import subtract_baseline
+from peft_svf.trainers.loss.forward_checks import check_forward
+from peft_svf.trainers.loss.hidden_states import (
     add_hidden_states_output,
     check_logits_follow_from_hidden_states,
     padded_inputs,
     without_router_logits,
 )
-from peft_svf.trainers.kl_sweep import KLSweep
-from peft_svf.trainers.reward_metrics import exact_reward_metrics, mean_of_batches, total_rewards
-from peft_svf.trainers.rollout_guards import GuardsRollouts
-from peft_svf.trainers.rollouts import MergedRollouts, check_vllm, disable_all_dropout
-from peft_svf.trainers.svf_policy_gradient_config import SVFPolicyGradientConfig
-from peft_svf.trainers.token_scores import LanguageModelHead, TokenScores, score_tokens
-from peft_svf.trainers.training_logs import TrainingLogs
-from peft_svf.trainers.vision import (
+from peft_svf.trainers.loss.token_scores import LanguageModelHead, TokenScores, score_tokens
+from peft_svf.trainers.rollouts.decoding import decoding_temperature
+from peft_svf.trainers.rollouts.generation_memory import StepsPerGenerationThatFit
+from peft_svf.trainers.rollouts.image_prompts import (
     ImagePrompts,
     adapt_language_model_only,
     check_processor,
     multimodal_inputs,
 )
+from peft_svf.trainers.rollouts.merged_rollouts import MergedRollouts, check_vllm, disable_all_dropout
+from peft_svf.trainers.svf_policy_gradient_config import SVFPolicyGradientConfig
+from peft_svf.trainers.validation.answer_metrics import EvalAnswers, lengths_and_ends, score_metrics
+from peft_svf.trainers.validation.best_checkpoint import StartIsACandidate
+from peft_svf.trainers.validation.reward_metrics import exact_reward_metrics, mean_of_batches, total_rewards
 from peft_svf.tuner import SVFConfig
 
 

@@ -16,7 +16,7 @@ from peft_svf import SVFConfig
 from peft_svf.experts import ExpertBank, ExpertEntry
 from peft_svf.playground import BANK_FOLDER
 from peft_svf.trainers import SVFPolicyGradientConfig, SVFPolicyGradientTrainer
-from peft_svf.trainers.callbacks.progress import RewardProgressCallback
+from peft_svf.trainers.logs.progress import RewardProgressCallback
 from peft_svf.trainers.tasks import Task
 
 

@@ -32,8 +32,8 @@ from peft_svf.cli.train_arguments import TrainArguments, TrainParser
 from peft_svf.hub_cards import ExpertResult, write_expert_card
 from peft_svf.trainers import SVFPolicyGradientConfig, SVFPolicyGradientTrainer
 from peft_svf.trainers.answering import Processor
-from peft_svf.trainers.callbacks.progress import RewardProgressCallback
 from peft_svf.trainers.evaluation import Evaluation, evaluate
+from peft_svf.trainers.logs.progress import RewardProgressCallback
 from peft_svf.trainers.tasks import Task
 
 

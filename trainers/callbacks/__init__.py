@@ -1,1 +1,0 @@
-"""What watches a training run from outside: progress, guards, learning curve, statistics of the offsets."""

@@ -1,0 +1,1 @@
+"""What a run writes for people: completion tables, learning curve, statistics of z, throughput, progress."""
