@@ -95,7 +95,15 @@ class CollapseCallback(RolloutGuard):
         self.sound_checkpoints: list[int] = []
 
     def seen(self) -> dict[str, Any]:
-        names = ("first", "rewards", "best_reward", "sign_steps", "checkpoints")
+        names = (
+            "first",
+            "rewards",
+            "best_reward",
+            "sign_steps",
+            "checkpoints",
+            "has_collapsed",
+            "sound_checkpoints",
+        )
         return {name: getattr(self, name) for name in names}
 
     def on_train_begin(
@@ -104,6 +112,7 @@ class CollapseCallback(RolloutGuard):
         super().on_train_begin(args, state, control, **kwargs)
         if state.global_step > 0:
             self._note_checkpoint(state)  # the one resumed from did not know of itself
+        control.should_training_stop = control.should_training_stop or self.has_collapsed
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._note_checkpoint(state)

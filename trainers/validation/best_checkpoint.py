@@ -84,19 +84,17 @@ class ValidationRewards:
 
     Args:
         folder (`str`): Where the file `validation_rewards.safetensors` is: one tensor for each step.
-        resumes (`bool`): Whether the run continues an earlier one, whose file is read at the first evaluation.
+        resumes (`bool`): Whether the run continues an earlier one, whose file is then read.
     """
 
     def __init__(self, folder: str, resumes: bool) -> None:
         self.path = Path(folder) / VALIDATION_REWARDS_NAME
-        self.resumes = resumes
-        self.by_step: dict[int, Tensor] = {}
+        self.by_step = self.load(self.path) if resumes else {}
 
     def record(self, step: int, rewards: Tensor, write: bool) -> None:
         """Keep `rewards`, `(prompts,)`, of the evaluation at `step`; `write` is true on the main process only."""
-        if self.resumes and not self.by_step:
-            self.by_step = {at: kept for at, kept in self.load(self.path).items() if at < step}
-        self.by_step[step] = rewards
+        earlier = {at: kept for at, kept in self.by_step.items() if at < step}  # a resumed run repeats later ones
+        self.by_step = {**earlier, step: rewards}
         if write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".partial")

@@ -157,6 +157,20 @@ def test_the_best_checkpoint_from_before_is_restored_also_by_a_resumed_run(
     assert resumed.state.global_step == step and is_at(resumed, tmp_path / "run" / f"checkpoint-{best}")
 
 
+def test_a_run_killed_after_the_checkpoint_of_its_collapse_does_not_go_on(
+    make_run: MakeTrainer, tmp_path: Path
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 20}
+    trainer = make_run(longest_wins, **options)
+    trainer.train()
+    step = trainer.state.global_step
+    resumed = make_run(longest_wins, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+    assert resumed.state.global_step == step < 20
+    found = offsets(resumed)
+    assert all(torch.equal(found[name], value) for name, value in offsets(trainer).items())
+
+
 class Evaluations(TrainerCallback):
     """Adds 0.1 to the score of the evaluation at one step."""
 
