@@ -13,6 +13,7 @@ from peft_svf import SVFConfig
 from peft_svf.playground import BANK_FOLDER
 from peft_svf.trainers import SVFPolicyGradientConfig, SVFPolicyGradientTrainer
 from peft_svf.trainers.evaluation import evaluate
+from peft_svf.trainers.logs.progress import RewardProgressCallback
 from peft_svf.trainers.tasks import get_task
 
 
@@ -34,6 +35,7 @@ def main(model: str, task_name: str, output: str, **options: object) -> None:
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=SVFConfig(task_type="CAUSAL_LM"),
     )
+    RewardProgressCallback.attach(trainer, f"training on {task.name}")
     trainer.train()
     trainer.save_model(output)
 

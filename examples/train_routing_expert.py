@@ -23,6 +23,7 @@ from peft_svf.dispatch.route import user_text
 from peft_svf.playground import BANK_FOLDER
 from peft_svf.trainers import SVFPolicyGradientConfig, SVFPolicyGradientTrainer
 from peft_svf.trainers.evaluation import evaluate
+from peft_svf.trainers.logs.progress import RewardProgressCallback
 from peft_svf.trainers.statistics import wilson_interval
 from peft_svf.trainers.tasks import Task, routing_task
 
@@ -76,6 +77,7 @@ def train_routing_expert(
         processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=SVFConfig(task_type="CAUSAL_LM"),
     )
+    RewardProgressCallback.attach(trainer, "training the routing expert")
     trainer.train()
     return trainer
 

@@ -13,11 +13,13 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from peft_svf.trainers.distributed import whole
+
 
 # What TRL passes to every reward function besides the columns of the dataset.
 TRL_REWARD_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 # Columns that TRL keeps to itself.
-TRL_OWN_COLUMNS = ("prompt", "completion", "completion_ids")
+TRL_OWN_COLUMNS = ("prompt", "completion")
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 EvalDataset: TypeAlias = AnyDataset | DatasetDict | dict[str, AnyDataset] | None
@@ -27,8 +29,8 @@ def check_model(model: Any, peft_config: PeftConfig | None, trust_remote_code: b
     """Raise unless `model` is a causal language model with exactly one source of something to train."""
     if isinstance(model, str):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        architecture = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0], None)
-        if architecture is not None and architecture.__name__ != "AutoModelForCausalLM":
+        architecture = getattr(transformers, next(iter(config.architectures or []), ""), None)
+        if architecture is not None:  # one of transformers' own
             _check_causal(architecture, architecture.__name__, config)
     else:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -123,7 +125,7 @@ def _check_reward_columns(function: Callable[..., Any], which: str, columns: lis
     except (TypeError, ValueError):  # some callables written in C tell nothing
         return
     name = getattr(function, "__name__", type(function).__name__)
-    given = {*TRL_REWARD_KEYWORDS, *columns} - set(TRL_OWN_COLUMNS) | {"completion_ids"}
+    given = {*TRL_REWARD_KEYWORDS, *columns} - set(TRL_OWN_COLUMNS)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for parameter in named:
         if parameter.default is parameter.empty and parameter.name not in given:
@@ -163,11 +165,14 @@ def check_best_metric(args: Any, eval_dataset: EvalDataset) -> None:
 
 
 def trainable_snapshot(model: Any) -> dict[str, Tensor]:
-    """Copies of what is trainable in `model`, on the CPU, by name; empty if `model` is not loaded yet."""
+    """Copies of what is trainable in `model`, whole and on the CPU, by name; empty if `model` is not loaded yet.
+
+    All processes must call this together.
+    """
     if not isinstance(model, nn.Module):
         return {}
     return {
-        name: parameter.detach().cpu().clone()
+        name: whole(parameter).detach().cpu().clone()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

@@ -257,6 +257,8 @@ class SVFPolicyGradientConfig(GRPOConfig):
             self.gradient_checkpointing = self.device.type != "cpu"
             if hasattr(self, new_name):
                 self.activation_checkpointing = self.gradient_checkpointing
+        if self.device.type == "cpu":  # where it has no effect but a warning
+            self.dataloader_pin_memory = False
         self._check_loss_options()
         check_guard_options(self)
         self._check_generation_options()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import textwrap
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,18 +12,13 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
-from peft_svf.hub_cards import ExpertCardData, write_expert_card
 from peft_svf.trainers import checks
 from peft_svf.trainers.checkpoints.atomic_checkpoints import AtomicCheckpoints
-from peft_svf.trainers.distributed import (
-    check_can_evaluate,
-    forget_evaluation,
-    refuse_half_precision_engine,
-    whole_head,
-)
+from peft_svf.trainers.checkpoints.expert_cards import WritesExpertCards
+from peft_svf.trainers.distributed import forget_evaluation, is_sharded, refuse_half_precision_engine
 from peft_svf.trainers.guards.finite_loss import StopsOnNonFinite
 from peft_svf.trainers.guards.parameter_checks import ParameterChecks
 from peft_svf.trainers.guards.rollout_guards import GuardsRollouts
@@ -32,31 +26,32 @@ from peft_svf.trainers.kl_sweep.sweep import KLSweep
 from peft_svf.trainers.logs.completion_tables import CompletionTables
 from peft_svf.trainers.logs.training_logs import TrainingLogs
 from peft_svf.trainers.loss.advantages import subtract_baseline
-from peft_svf.trainers.loss.forward_checks import check_forward
+from peft_svf.trainers.loss.forward_checks import check_forward, check_reference
 from peft_svf.trainers.loss.hidden_states import (
     add_hidden_states_output,
     check_logits_follow_from_hidden_states,
-    padded_inputs,
     without_router_logits,
 )
-from peft_svf.trainers.loss.token_scores import LanguageModelHead, TokenScores, score_tokens
+from peft_svf.trainers.loss.scoring import ScoresTokens
 from peft_svf.trainers.rollouts.decoding import decoding_temperature
 from peft_svf.trainers.rollouts.generation_memory import StepsPerGenerationThatFit
-from peft_svf.trainers.rollouts.image_prompts import (
-    ImagePrompts,
-    adapt_language_model_only,
-    check_processor,
-    multimodal_inputs,
-)
+from peft_svf.trainers.rollouts.image_prompts import ImagePrompts, adapt_language_model_only, check_processor
 from peft_svf.trainers.rollouts.merged_rollouts import MergedRollouts, check_vllm, disable_all_dropout
 from peft_svf.trainers.svf_policy_gradient_config import SVFPolicyGradientConfig
-from peft_svf.trainers.validation.answer_metrics import EvalAnswers, lengths_and_ends, score_metrics
+from peft_svf.trainers.validation.answer_metrics import score_metrics
 from peft_svf.trainers.validation.best_checkpoint import StartIsACandidate
-from peft_svf.trainers.validation.reward_metrics import exact_reward_metrics, mean_of_batches, total_rewards
+from peft_svf.trainers.validation.exact_evaluation import ExactEvaluation
+from peft_svf.trainers.validation.reward_metrics import total_rewards
 from peft_svf.tuner import SVFConfig
 
 
+# The outermost base comes first. `train`: KLSweep sees the trainer untouched; AtomicCheckpoints turns True into a
+# path for all below; GuardsRollouts acts on the verdict of StartIsACandidate. `log`: TrainingLogs adds before
+# CompletionTables prints. `_calculate_rewards`: StopsOnNonFinite judges what all have added. `_generate`:
+# MergedRollouts spans all turns. Callbacks are added from the last base to the first.
 class SVFPolicyGradientTrainer(
+    WritesExpertCards,
+    ExactEvaluation,
     KLSweep,
     AtomicCheckpoints,
     StopsOnNonFinite,
@@ -64,6 +59,7 @@ class SVFPolicyGradientTrainer(
     TrainingLogs,
     CompletionTables,
     StartIsACandidate,
+    ScoresTokens,
     MergedRollouts,
     StepsPerGenerationThatFit,
     ImagePrompts,
@@ -92,6 +88,10 @@ class SVFPolicyGradientTrainer(
     the singular values have moved (`z/rms_change`, `z/max_change`, and with evaluations `z/layers/<index>` and
     `z/modules/<name>`) and `tokens_per_second`. Writes `learning_curve.csv` and, with matplotlib,
     `learning_curve.png`; with `log_completions=True`, prints completions and writes them to `completions/*.parquet`.
+
+    After [`train`], `base_eval_reward` is the validation score before the first step, `best_is_base` tells whether no
+    checkpoint beat it and `gain_over_base` by how much the best one did, prompt by prompt. [`sweep_kl`] trains with
+    several KL coefficients and keeps the best expert.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -173,10 +173,8 @@ class SVFPolicyGradientTrainer(
             raise TypeError(f"`args` must be an SVFPolicyGradientConfig, not a {type(args).__name__}.")
         checks.check_model(model, peft_config, args.trust_remote_code)
         check_vllm(model, args, peft_config, kwargs.get("quantization_config"))
-        owns_data = bool(
-            kwargs.get("rollout_func") or kwargs.get("environment_factory")
-        )  # columns are made on the way
-        checks.check_datasets(train_dataset, eval_dataset, [] if owns_data else reward_funcs, not owns_data)
+        makes_columns = bool(kwargs.get("rollout_func") or kwargs.get("environment_factory"))
+        checks.check_datasets(train_dataset, eval_dataset, [] if makes_columns else reward_funcs, not makes_columns)
         checks.check_enough_prompts(train_dataset, args)
         checks.check_best_metric(args, eval_dataset)
         given = checks.trainable_snapshot(model)
@@ -198,23 +196,9 @@ class SVFPolicyGradientTrainer(
             disable_all_dropout(self.model)
         self.add_callback(ParameterChecks(self))  # the last, to see what others did
         self._start = checks.trainable_snapshot(self.model)
-        self._adapter_layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
-        self._refuse_merged()
         self._base_model: Any = self.accelerator.unwrap_model(self.model).get_base_model()
-        if self._is_vlm:
-            check_processor(self.processing_class, self._base_model)
-        add_hidden_states_output(self._base_model)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not sharded:
-            check_logits_follow_from_hidden_states(self._base_model)
-            check_forward(self._base_model)
-        # SVF's unmerge puts the original weights back bit for bit; other methods drift, and vLLM's sync merges itself.
-        configs = [self.model.peft_config[name] for name in self.model.active_adapters]
-        quantized = getattr(self._base_model, "is_quantized", False)
-        self._is_svf = all(isinstance(config, SVFConfig) for config in configs)
-        self._generates_merged = self._is_svf and not (sharded or quantized or self.use_vllm)
-        self._eval_rewards: list[Tensor] = []  # gathered (answers, reward functions), in the order of the sampler
-        self._eval_answers = EvalAnswers()
+        self._choose_how_to_generate()
+        self._prepare_scoring()
 
     def _keep_float32(self, given: dict[str, Tensor]) -> None:
         """Undo TRL's cast of adapters on quantized models to bfloat16, in which small updates are lost."""
@@ -223,10 +207,51 @@ class SVFPolicyGradientTrainer(
                 parameter.data = given.get(name, parameter.data).to(parameter.device, torch.float32)
         checks.check_trainable(self.model)
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As [`~transformers.Trainer.train`], also after `evaluate()` in several processes."""
+    def _choose_how_to_generate(self) -> None:
+        """From merged weights if they can be put back bit for bit, as SVF does; vLLM's sync merges itself."""
+        self._adapter_layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        self._refuse_merged()
+        configs = [self.model.peft_config[name] for name in self.model.active_adapters]
+        self._is_svf = all(isinstance(config, SVFConfig) for config in configs)
+        quantized = getattr(self._base_model, "is_quantized", False)
+        self._generates_merged = self._is_svf and not (is_sharded(self) or quantized or self.use_vllm)
+
+    def _prepare_scoring(self) -> None:
+        """Let the base model return hidden states, and prove that its answers can be scored from them."""
+        if self._is_vlm:
+            check_processor(self.processing_class, self._base_model)
+        if self.args.kl_coef:
+            check_reference(self.model, self._base_model)
+        add_hidden_states_output(self._base_model)
+        if not is_sharded(self):
+            check_logits_follow_from_hidden_states(self._base_model)
+            check_forward(self._base_model)
+
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """
+        As [`~transformers.Trainer.train`], and an interrupted run goes on to the numbers of one that never stopped.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                `True` continues from the newest complete checkpoint in `output_dir`; incomplete ones are passed over
+                with a warning. If there is no checkpoint at all, training starts from zero, so that a job that may be
+                killed at any moment, also before its first checkpoint, can always be started with `True`. A path
+                continues from that checkpoint. By default a new run begins at the offsets as they are now.
+            args, kwargs:
+                Other arguments of [`~transformers.Trainer.train`].
+
+        Returns:
+            `TrainOutput`: As of transformers, with `best_gain`, `best_gain_low` and `best_gain_high` in its metrics
+            where a best checkpoint was compared with the start ([`gain_over_base`]).
+
+        Raises:
+            ValueError: If the checkpoint at the given path, or every one in `output_dir`, is incomplete.
+            NonFiniteLossError: If a loss, a gradient, a reward or a logit is NaN or infinite; the batch is saved.
+        """
         forget_evaluation(self)
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # -- rewards to advantages ---------------------------------------------------------------------------------------
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -251,11 +276,7 @@ class SVFPolicyGradientTrainer(
         if n == 1:
             self._metrics["train" if training else "eval"].pop("frac_reward_zero_std", None)  # always 1 here
         if not training:
-            self._eval_rewards.append(self._rewards_per_func)
-            tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
-            endings = [*self.eos_token_ids, tokenizer.pad_token_id]
-            lengths = lengths_and_ends(output, endings)
-            self._eval_answers.add({name: self.accelerator.gather(values) for name, values in lengths.items()})
+            self._note_eval_batch(output, self._rewards_per_func)
         return output
 
     # -- loss --------------------------------------------------------------------------------------------------------
@@ -299,108 +320,3 @@ class SVFPolicyGradientTrainer(
         tokens = batch_tokens / self.args.steps_per_generation if training else None
         for name, value in score_metrics(answers, tokens).items():
             self._metrics["train" if training else "eval"][name].append(value)
-
-    def _score(self, model: nn.Module, inputs: dict[str, Any], valid: Tensor) -> TokenScores:
-        """Scores of the sampled tokens marked in `valid`, with a KL if there is a `kl_coef`."""
-        self._refuse_merged()
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)  # (B, P + T)
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        model_inputs = padded_inputs(self._base_model, input_ids, attention_mask) | multimodal_inputs(inputs)
-
-        def hidden_states() -> Tensor:  # (tokens, hidden): the states that predict the sampled tokens
-            states = model(**model_inputs, return_hidden_states_only=True)
-            return states[:, -valid.size(1) - 1 : -1][valid]
-
-        reference = None
-        if self.args.kl_coef:
-            with torch.no_grad(), self._adapters_disabled():
-                reference = hidden_states()
-        return score_tokens(
-            hidden_states(),
-            inputs["completion_ids"][valid],
-            whole_head(LanguageModelHead.of(self._base_model)),
-            self.temperature,
-            reference,
-            self.args.kl_estimator,
-        )
-
-    @contextlib.contextmanager
-    def _adapters_disabled(self) -> Iterator[None]:
-        """The base model, without what makes `PeftModel.disable_adapter` take 9 to 17 ms on an 8B model."""
-        tuner = self.accelerator.unwrap_model(self.model).base_model
-        tuner.disable_adapter_layers()
-        try:
-            yield
-        finally:
-            tuner.enable_adapter_layers()
-
-    # -- evaluation --------------------------------------------------------------------------------------------------
-    def evaluation_loop(
-        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
-        """Means over answers instead of over batches, and one name per eval dataset."""
-        check_can_evaluate(self)
-        self._eval_rewards.clear()
-        self._eval_answers.clear()
-        self._metrics["eval"].clear()
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sizes = [len(rewards) for rewards in self._eval_rewards]
-        per_func = torch.cat(self._eval_rewards)
-        if hasattr(dataloader.dataset, "__len__"):  # the last distributed batch is filled up with scored samples
-            per_func = per_func[: len(dataloader.dataset) * self.num_generations_eval]
-        n = self.num_generations_eval
-        exact = exact_reward_metrics(per_func, self.reward_weights, self.reward_func_names, n)
-        self._keep_validation_rewards(metric_key_prefix, total_rewards(per_func, self.reward_weights))
-        exact |= self._eval_answers.metrics(len(per_func))
-        metrics = self._metrics["eval"]
-        dataset_name = metric_key_prefix.removeprefix("eval").removeprefix("_")  # GRPO logs each as `eval_reward`
-        for key in list(metrics):
-            values = metrics.pop(key)
-            if key in exact:
-                values = [exact[key]]
-            elif len(values) == len(sizes) and "/min" not in key and "/max" not in key:
-                values = mean_of_batches(values, sizes)
-            metrics[f"{dataset_name}_{key}" if dataset_name else key] = values
-        penalty = exact.get("kl_sequence", 0.0) if self.args.kl_estimator != "k1_reward" else 0.0
-        exact["loss"] = exact["policy_loss"] + self.args.kl_coef * penalty
-        named = {f"{metric_key_prefix}_{key}": value for key, value in exact.items()}
-        return output._replace(metrics={**(output.metrics or {}), **named})
-
-    # -- card --------------------------------------------------------------------------------------------------------
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write the card of the expert into `output_dir`, with what the trainer knows and no results.
-
-        Args:
-            model_name (`str`, *optional*): Name of the expert. Defaults to the name of the folder.
-            dataset_name (`str`, *optional*): What the expert was trained on.
-            tags (`str` or `list[str]`, *optional*): Used only for adapters that are not SVF, whose card is TRL's.
-        """
-        if not self._is_svf:
-            super().create_model_card(model_name, dataset_name, tags)
-        elif self.is_world_process_zero():
-            os.makedirs(self.args.output_dir, exist_ok=True)
-            write_expert_card(self.args.output_dir, self._card_facts(model_name, dataset_name))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the expert with its card, last: PEFT rewrites the metadata of any card that it finds."""
-        super()._save(output_dir, state_dict)
-        if self._is_svf and self.args.should_save:
-            write_expert_card(output_dir or self.args.output_dir, self._card_facts())
-
-    def _card_facts(self, model_name: str | None = None, dataset_name: str | None = None) -> ExpertCardData:
-        args, config = self.args, self._base_model.config
-        return ExpertCardData(
-            name=model_name or os.path.basename(os.path.abspath(args.output_dir)),
-            base_model=config._name_or_path or None,
-            base_revision=getattr(config, "_commit_hash", None),
-            trained_parameters=sum(offsets.numel() for offsets in self._start.values()),
-            task=dataset_name,
-            reward=", ".join(self.reward_func_names),
-            kl_coefficient=args.kl_coef,
-            seeds=(args.seed,),
-            steps=self.state.global_step,
-            learning_rate=args.learning_rate,
-            batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        )

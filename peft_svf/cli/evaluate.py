@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from peft import PeftModel
 
 from peft_svf.cli import results
 from peft_svf.cli.data import find_task, parse_data_files
-from peft_svf.cli.models import BaseModel, for_rows
+from peft_svf.cli.models import BaseModel, check_adapter, for_rows
 from peft_svf.cli.run_folder import write_json
 from peft_svf.trainers.answering import Processor
 from peft_svf.trainers.evaluation import Evaluation, evaluate
@@ -36,6 +38,9 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         OSError: If model, adapter, data or output cannot be read or written.
     """
     template_kwargs = _check(arguments)
+    for adapter in arguments.adapter:
+        check_adapter(adapter)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's and transformers' own
     task = find_task(arguments.task)
     if arguments.max_new_tokens is not None:
         task = dataclasses.replace(task, max_new_tokens=arguments.max_new_tokens)
@@ -64,6 +69,10 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
     """Raise for what can be known to be wrong at once; returns the options of the chat template."""
     if arguments.output is not None and arguments.output.is_dir():
         raise ValueError(f"{arguments.output} is a folder: --output takes the name of a JSON file")
+    if arguments.output is not None:
+        parent = next(path for path in arguments.output.absolute().parents if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise ValueError(f"--output {arguments.output} cannot be written: {parent} is no folder to write to")
     if arguments.samples > 1 and arguments.temperature == 0:
         raise ValueError("greedy answers to one prompt are all the same: --samples needs a --temperature above 0")
     if arguments.temperature < 0:

@@ -50,7 +50,7 @@ def add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     evaluate = commands.add_parser(
         "evaluate",
         help="success of a base model and of experts on a task",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     add = evaluate.add_argument
     add("--model", required=True, help="base model: a folder or an id on the Hub")
@@ -124,6 +124,14 @@ def run_cache(arguments: argparse.Namespace) -> None:
     from peft_svf.cli import cache
 
     {"list": cache.run_list, "clear": cache.run_clear}[arguments.action]()
+
+
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that say something: not None, not False and not an empty list."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False or action.default == []
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 def positive(text: str) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import PartialState
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, ProcessorMixin
 
 from peft_svf.trainers.answering import Processor
@@ -54,6 +57,12 @@ class BaseModel:
                 f"the Hub ({' '.join(str(error).split())})"
             ) from error
 
+    def check_layers(self, layers: Sequence[int] | None) -> None:
+        """Raise a `ValueError` for the index of a layer that the model does not have, which PEFT would ignore."""
+        count = getattr(self._config().get_text_config(), "num_hidden_layers", None)
+        if layers and count is not None and (wrong := [i for i in layers if not 0 <= i < count]):
+            raise ValueError(f"--layers: the model has no layer {wrong[0]}; its layers are 0 to {count - 1}")
+
     def load(self) -> Any:
         """The model: a causal language model, or the vision-language model that the checkpoint is."""
         architecture = getattr(transformers, (self._config().architectures or [""])[0], None)
@@ -82,6 +91,16 @@ class BaseModel:
             bnb_4bit_compute_dtype=compute,
         )
         return {"quantization_config": config, "device_map": {"": PartialState().device}}
+
+
+def check_adapter(name: str) -> None:
+    """Raise a `ValueError` for what is no adapter here and cannot be one on the Hub, which would be asked for long."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise ValueError(f"{name} holds no adapter: there is no {ADAPTER_CONFIG} in it")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"there is no adapter {name!r}: it is no folder here, and no id on the Hub (OWNER/NAME)")
 
 
 def for_rows(processor: Processor, columns: list[str]) -> Processor:

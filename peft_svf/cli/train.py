@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
+from transformers.integrations import get_available_reporting_integrations
+from trl.import_utils import is_vllm_available
 
 from peft_svf import SVFConfig
 from peft_svf.cli import results
@@ -26,7 +30,7 @@ from peft_svf.cli.data import (
     parse_data_files,
     with_plain_prompts,
 )
-from peft_svf.cli.models import BaseModel, for_rows
+from peft_svf.cli.models import BaseModel, check_adapter, for_rows
 from peft_svf.cli.run_folder import RESULTS_FILE, RUN_FILE, check_output, write_json
 from peft_svf.cli.train_arguments import TrainArguments, TrainParser
 from peft_svf.hub_cards import ExpertResult, write_expert_card
@@ -66,6 +70,7 @@ def run_train(words: Sequence[str]) -> None:
     output, run = Path(arguments.output), run_identity(arguments)
     check_output(output, run, arguments.resume)
     config = build_config(arguments, given, task)
+    check_packages(config)
     base = BaseModel(
         arguments.model,
         arguments.revision,
@@ -75,13 +80,17 @@ def run_train(words: Sequence[str]) -> None:
         bool(config.trust_remote_code),
     )
     base.check()
+    base.check_layers(arguments.layers)
+    if arguments.adapter is not None:
+        check_adapter(arguments.adapter)
     rows = load_rows(arguments, task, config)
     state = PartialState()
     state.wait_for_everyone()  # every process has looked at the folder before one writes into it
+    warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and transformers' own
+    logging.getLogger("transformers.trainer_utils").addFilter(is_real_change)
+    trainer, processor = build_trainer(arguments, task, config, base, rows)
     if state.is_main_process:
         write_json(output / RUN_FILE, run)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and transformers' own
-    trainer, processor = build_trainer(arguments, task, config, base, rows)
     train_and_report(trainer, processor, arguments, task, rows)
 
 
@@ -108,6 +117,26 @@ def build_config(arguments: TrainArguments, given: Mapping[str, Any], task: Task
     if arguments.paper:
         return SVFPolicyGradientConfig.paper(arguments.output, **options)
     return SVFPolicyGradientConfig(arguments.output, **options)
+
+
+def check_packages(config: SVFPolicyGradientConfig) -> None:
+    """Raise a `ValueError` for what is asked for and not installed."""
+    available = get_available_reporting_integrations()
+    for name in config.report_to:
+        if name not in (*available, "flyte"):  # which transformers knows and does not list
+            raise ValueError(
+                f"--report_to {name}: there is no such package here (installed: {', '.join(available) or 'none'})"
+            )
+    if config.use_vllm and not is_vllm_available():
+        raise ValueError("--use_vllm needs vLLM, which is not installed: pip install 'trl[vllm]'")
+
+
+def is_real_change(record: logging.LogRecord) -> bool:
+    """False for transformers' warning on resuming that a share of all steps is not the number that it came to."""
+    header, *changes = record.getMessage().strip().splitlines()
+    if "do not match the ones in the `trainer_state.json`" not in header:
+        return True
+    return not all(re.match(r"\s*(eval|save|logging)_steps: 0?\.\d+ \(from args\)", line) for line in changes)
 
 
 def load_rows(arguments: TrainArguments, task: Task, config: SVFPolicyGradientConfig) -> Rows:
@@ -205,6 +234,8 @@ def train_and_report(
         write_card(trainer, task, output, evaluations)
     else:
         (output / "README.md").unlink(missing_ok=True)  # the card that comes with checkpoints, of an expert
+    for card in output.glob("kl-*/README.md"):  # of the runs of a sweep, whose winner is in `output`
+        card.unlink()
     print_outcome(trainer, output, evaluations, improved)
 
 
@@ -299,7 +330,10 @@ def training_card(trainer: SVFPolicyGradientTrainer, task: Task) -> Any:
     """The trainer's own facts for a card, with the task's label and the time that training took."""
     runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     return dataclasses.replace(
-        trainer._card_facts(None, task.name), label=task.label, training_seconds=runtime[-1] if runtime else None
+        trainer._card_facts(None, task.name),
+        label=task.label,
+        training_seconds=runtime[-1] if runtime else None,
+        hardware=results.environment()["hardware"],
     )
 
 
@@ -310,16 +344,26 @@ def print_outcome(
     improved: bool,
 ) -> None:
     """The end of the run, for people."""
+    print(validation_summary(trainer))
     if evaluations is not None:
         print("Greedy success on the same held-out prompts [95 % interval]")
         results.print_results(evaluations[0], {"expert": evaluations[1]} if improved else {})
     if improved:
         print(f"The expert is in {output}: PeftModel.from_pretrained(model, {str(output)!r})")
     else:
-        print(
-            "No checkpoint was better than the start on the validation prompts, so no expert is written. Try another "
-            "--learning_rate, more steps, or a larger batch"
-        )
+        print("No checkpoint was better than the start on the validation prompts, so no expert is written")
+
+
+def validation_summary(trainer: SVFPolicyGradientTrainer) -> str:
+    """How many steps were made, and what validation made of them; after a sweep, of its winner or last run."""
+    state = trainer.state
+    planned = "" if state.global_step >= state.max_steps else f" of {state.max_steps}, stopped early"
+    steps = f"{state.global_step} steps{planned}"
+    start, best = trainer.base_eval_reward, state.best_metric
+    if start is None or best is None:
+        return steps
+    at = "" if trainer.best_is_base or state.best_global_step is None else f" at step {state.best_global_step}"
+    return f"{steps}; validation reward {start:+.2f} -> {best:+.2f}{at}"
 
 
 def say(text: str) -> None:

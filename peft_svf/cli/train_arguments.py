@@ -31,8 +31,11 @@ IMPORTANT = {
     "temperature": "Of the answers that are learned from.",
     "max_completion_length": "Tokens of an answer, at most. By default what the task needs.",
     "eval_steps": "Steps between validations; below 1, a share of all steps. By default a tenth.",
+    "early_stopping_patience": "",
     "per_device_eval_batch_size": "Answers generated at once in evaluations. By default 32.",
+    "use_cpu": "Do not use an accelerator.",
     "use_vllm": "Generate answers with vLLM.",
+    "log_completions": "Print and save sampled answers with their rewards.",
     "report_to": "Where to log: tensorboard, wandb, trackio, ..., all or none.",
     "seed": "",
 }
@@ -215,7 +218,8 @@ class _ShortHelp(argparse.Action):
 def _described(option: dataclasses.Field[Any]) -> str:
     """One option with its help and default, in two columns."""
     text = " ".join(str(IMPORTANT.get(option.name) or option.metadata["help"]).split())
-    if "default" not in text and option.default not in (dataclasses.MISSING, None, False):
+    has_default = option.default not in (dataclasses.MISSING, None) and option.default is not False
+    if has_default and "default" not in text:
         text += f" Default: {option.default}."
     flag = f"  --{option.name.replace('_', '-')}"
     first, *rest = textwrap.wrap(text, 79)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from typing import Any
 import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
 from peft_svf.cli import main
-from peft_svf.cli.train import build_config
+from peft_svf.cli.train import build_config, is_real_change
 from peft_svf.cli.train_arguments import TrainArguments, TrainParser
 from peft_svf.playground import BANK_FOLDER
 from peft_svf.trainers.evaluation import evaluate
@@ -110,7 +114,9 @@ def test_a_finished_run_is_not_overwritten_but_resumed(
     assert "holds a finished run: add --resume" in capsys.readouterr().err
     assert main([*command, "--task", "playground-reasoning", "--resume"]) == 1
     assert "another task ('playground-math', not 'playground-reasoning')" in capsys.readouterr().err
+    capsys.readouterr()
     assert main([*command, "--resume"]) == 0
+    assert "2 steps; validation reward" in capsys.readouterr().out
     assert (run_folder / "adapter_model.safetensors").read_bytes() == weights
     again = json.loads((run_folder / "results.json").read_text())
     assert again["expert"] == outcome["expert"]
@@ -142,6 +148,7 @@ def test_a_sweep_reports_every_coefficient_and_goes_on_from_an_expert(
     assert "evaluation" not in found and "base" not in found
     assert "kl_coef" in capsys.readouterr().out
     assert (output / "adapter_model.safetensors").exists() == found["improved"]
+    assert not list(output.glob("kl-*/README.md"))  # cards of experts that are not there
 
 
 def test_a_step_on_gsm8k_from_files_without_a_chat_template(
@@ -201,6 +208,22 @@ def test_yaml_takes_one_value_for_a_list_and_a_mapping_of_files(tmp_path: Path) 
     assert given == {"learning_rate": 1e-3}
 
 
+@pytest.mark.parametrize(("eval_steps", "batch_size", "is_told"), [(0.1, 2, False), (7, 2, True), (0.1, 4, True)])
+def test_a_share_of_all_steps_is_no_change_of_a_resumed_run(
+    eval_steps: float, batch_size: int, is_told: bool, config_of: Callable[..., Any]
+) -> None:
+    """Through transformers' own comparison: the checkpoint has the number of steps that the share came to."""
+    config = config_of("--eval-steps", str(eval_steps), "--per_device_train_batch_size", "2")
+    state = TrainerState(eval_steps=1, save_steps=1, logging_steps=1, train_batch_size=batch_size)
+    records: list[logging.LogRecord] = []
+    log = logging.getLogger("transformers.trainer_utils")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "handle", records.append)
+        compare_trainer_and_checkpoint_args(config, state)
+    assert len(records) == 1
+    assert is_real_change(records[0]) == is_told
+
+
 def test_help_shows_our_options_and_few_others(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help"])
@@ -211,6 +234,7 @@ def test_help_shows_our_options_and_few_others(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help-all"])
     everything = capsys.readouterr().out
+    assert re.search(r"--kl-coef .*Default: 0.0", short)
     assert "--weight_decay" in everything and len(everything.splitlines()) > 500
 
 
@@ -226,6 +250,10 @@ def test_help_shows_our_options_and_few_others(capsys: pytest.CaptureFixture[str
         ({"--data-files": "nowhere.jsonl"}, "would be training and test data in one"),
         ({"--dtype": "float31"}, "--dtype is one of auto, float32"),
         ({"--kl-sweep": "-1"}, "--kl_sweep takes different values of at least 0"),
+        ({"--kl_coef": "0.1", "--report_to": "wondb"}, "--report_to wondb: there is no such package here"),
+        ({"--layers": "9"}, "the model has no layer 9; its layers are 0 to 3"),
+        ({"--adapter": "nowhere"}, "there is no adapter 'nowhere'"),
+        ({"--adapter": BASE}, "holds no adapter: there is no adapter_config.json in it"),
         ({"--adapter": "a", "--rank": "4"}, "--rank is settled by the expert"),
         ({"--kl_coef": "-1"}, "`kl_coef` is a penalty and cannot be negative"),
         ({"--paper": "", "--per_device_train_batch_size": "48"}, "not a multiple of"),
@@ -242,6 +270,16 @@ def test_mistakes_are_named_in_one_line_and_leave_nothing(
     assert main(["train", "--use_cpu", *words]) == 1
     error = capsys.readouterr().err
     assert error.startswith("peft-svf train: ") and message in error
+    assert not output.exists()
+
+
+def test_an_expert_of_another_base_model_is_refused_and_leaves_no_record(
+    run_folder: Path, stories_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    command = ["train", "--model", stories_path, "--task", "playground-math", "--output", str(output), "--use_cpu"]
+    assert main([*command, "--adapter", str(run_folder), "--max-steps", "1", "--train-prompts", "64"]) == 1
+    assert "this adapter belongs to another base model" in capsys.readouterr().err
     assert not output.exists()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peft_svf import SVFConfig
 from peft_svf.trainers import SVFPolicyGradientTrainer
+from peft_svf.trainers.loss.scoring import adapters_disabled
 
 
 MakeTrainer = Callable[..., SVFPolicyGradientTrainer]
@@ -222,11 +223,41 @@ def test_merged_weights_are_never_scored(make_trainer: MakeTrainer) -> None:
 def test_reference_forward_leaves_adapters_enabled_and_trainable_when_it_raises(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(kl_coef=0.1)
     names = list(trainable(trainer))
-    with pytest.raises(RuntimeError, match="stop"), trainer._adapters_disabled():
+    with pytest.raises(RuntimeError, match="stop"), adapters_disabled(trainer.model):
         assert all(layer.disable_adapters for layer in trainer._adapter_layers)
         raise RuntimeError("stop")
     assert not any(layer.disable_adapters for layer in trainer._adapter_layers)
     assert list(trainable(trainer)) == names
+
+
+def test_what_was_frozen_stays_frozen_when_the_reference_is_scored(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(kl_coef=0.1)
+    frozen, *others = trainable(trainer)
+    trainable(trainer)[frozen].requires_grad_(False)
+    trainer._compute_loss(trainer.model, rollout(trainer)).backward()
+    assert list(trainable(trainer)) == others
+
+
+def test_reference_is_the_base_model_also_for_other_trained_modules(
+    make_trainer: MakeTrainer, tiny: SimpleNamespace
+) -> None:
+    trainer = make_trainer({"peft_config": SVFConfig(modules_to_save=["norm"])}, kl_coef=0.1)
+    tiny.randomize_offsets(trainer.model)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), adapters_disabled(trainer.model):
+        found = trainer.model(input_ids=ids).logits
+    assert torch.equal(found, tiny.model()(input_ids=ids).logits)
+
+
+def test_a_kl_from_a_base_model_whose_output_layer_is_trained_is_refused(make_trainer: MakeTrainer) -> None:
+    """Its scores would be those of the trained output layer."""
+    arguments = {"peft_config": SVFConfig(modules_to_save=["lm_head"])}
+    with pytest.raises(ValueError, match="leave it out of `modules_to_save`"):
+        make_trainer(arguments, kl_coef=0.1)
+    trainer = make_trainer(arguments)
+    trainer.args.kl_coef = 0.1  # as a sweep does
+    with pytest.raises(ValueError, match="leave it out of `modules_to_save`"):
+        trainer._compute_loss(trainer.model, rollout(trainer))
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(make_trainer: MakeTrainer, tiny: SimpleNamespace) -> None:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from peft_svf.trainers.checkpoints import checkpoint_files as files
 from peft_svf.trainers.checkpoints.exact_resume import ExactResume
+from peft_svf.trainers.distributed import is_sharded
 
 
 logger = logging.getLogger(__name__)
@@ -36,21 +37,7 @@ class AtomicCheckpoints(ExactResume):
     def train(
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """
-        As [`~transformers.Trainer.train`], but knows complete checkpoints from incomplete ones.
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                `True` continues from the newest complete checkpoint in `output_dir`; incomplete ones are passed over
-                with a warning. If there is no checkpoint at all, training starts from zero, so that a job that may be
-                killed at any moment, also before its first checkpoint, can always be started with `True`. A path
-                continues from that checkpoint.
-            args, kwargs:
-                Other arguments of [`~transformers.Trainer.train`].
-
-        Raises:
-            ValueError: If the checkpoint at the given path, or every one in `output_dir`, is incomplete.
-        """
+        """As [`~transformers.Trainer.train`], but knows complete checkpoints from incomplete ones."""
         self._clean(Path(self.args.output_dir))
         self._resumed_from = self._find_checkpoint(resume_from_checkpoint)
         output: TrainOutput = super().train(self._resumed_from, *args, **kwargs)
@@ -136,7 +123,7 @@ class AtomicCheckpoints(ExactResume):
             super().save_model(output_dir, _internal_call)
             return
         final = Path(output_dir or self.args.output_dir)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # elsewhere the main process may be here alone
+        sharded = is_sharded(self)  # elsewhere the main process may be here alone
         if self.args.should_save:
             shutil.rmtree(final / files.STAGING / "model", ignore_errors=True)
         if sharded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -87,18 +88,17 @@ def _damage(path: Path) -> str | None:
             return None if zipfile.is_zipfile(path) else "is truncated"
     except (ValueError, struct.error, AttributeError, TypeError, KeyError):
         return "is damaged"
+    except OSError as error:
+        return f"cannot be read ({error})"
     return None
 
 
 def _length_by_header(path: Path) -> int:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    return (
-        8
-        + length
-        + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    )
+        header = json.loads(file.read(min(length, path.stat().st_size)))  # a damaged length may be any number
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return int(8 + length + max(ends, default=0))
 
 
 def newest_usable(run: Path, with_optimizer: bool = True) -> tuple[Path | None, dict[Path, str]]:
@@ -169,7 +169,8 @@ def clean(run: Path) -> None:
     for replaced in staging.glob("replaced-checkpoint-*"):
         original = run / replaced.name.removeprefix("replaced-")
         if not original.exists():
-            os.rename(replaced, original)
+            with contextlib.suppress(FileNotFoundError):  # on a shared disk another node was quicker
+                os.rename(replaced, original)
     shutil.rmtree(staging, ignore_errors=True)
 
 

@@ -26,8 +26,8 @@ START = "start.safetensors"
 class ExactResume(GRPOTrainer):
     """Mixin: a resumed run logs, selects and stops as if it had never been interrupted.
 
-    Saved in addition, and restored: loss and metrics since the last log, the counters of callbacks, the seconds spent,
-    and, with `load_best_model_at_end`, the starting offsets. Repaired: from the second epoch on, TRL's sampler would
+    Saved in addition, and restored: loss and metrics since the last log, the counters of callbacks, the seconds spent
+    and the starting offsets. Repaired: from the second epoch on, TRL's sampler would
     deal the prompts of the first one again; a run that had reached its last step or had been stopped early would train
     on. `train_runtime` and `train_loss` are those of the whole run.
     """
@@ -60,7 +60,7 @@ class ExactResume(GRPOTrainer):
             "training": self.model.training,  # GRPO logs other metrics after an evaluation than after a step
         }
         (checkpoint / PROGRESS).write_text(json.dumps(progress, default=float), encoding="utf-8")
-        if self.args.load_best_model_at_end and self._start:
+        if self._start:  # the best checkpoint has to beat it, a collapsed run may return to it
             save_file({name: tensor.contiguous() for name, tensor in self._start.items()}, checkpoint / START)
 
     # -- restoring ---------------------------------------------------------------------------------------------------
@@ -97,18 +97,25 @@ class ExactResume(GRPOTrainer):
             self.state.best_model_checkpoint = None if files.why_unusable(moved, False) else str(moved)
 
     def _load_callback_state(self) -> None:
-        """Restore the counters of callbacks in place; transformers does so only on request, and in copies of them."""
+        """Restore the counters of callbacks in place; transformers does so only on request, and in copies of them.
+
+        Two more faults of transformers (5.23): of several callbacks of a class every save appends the states to those
+        of earlier saves, and a callback that the checkpoint does not know could not be saved.
+        """
         super()._load_callback_state()
-        for name, saved in self.state.stateful_callbacks.items():
-            states = saved if isinstance(saved, list) else [saved]
-            callbacks = [
-                callback
-                for callback in self.callback_handler.callbacks
-                if isinstance(callback, ExportableState) and type(callback).__name__ == name
-            ]
-            for callback, state in zip(callbacks, states, strict=False):
+        stored: Any = self.state.stateful_callbacks
+        of_class: dict[str, list[Any]] = {}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                of_class.setdefault(type(callback).__name__, []).append(callback)
+        for name, callbacks in of_class.items():
+            saved = stored.get(name, [])
+            newest = saved[-len(callbacks) :] if isinstance(saved, list) else [saved]
+            for callback, state in zip(callbacks, newest, strict=False):
                 for attribute, value in state.get("attributes", {}).items():
                     setattr(callback, attribute, value)
+            states = [callback.state() for callback in callbacks]
+            stored[name] = states if len(states) > 1 else states[0]
 
     def _stopped_early(self) -> bool:
         return self._resumed_from is not None and any(

@@ -44,6 +44,7 @@ def _is_gibberish(step: Metrics, first: Metrics, limit: float, vocabulary: int) 
 
 
 def _is_far_away(step: Metrics, first: Metrics, limit: float, vocabulary: int) -> bool:
+    """The KL from the base model, per token, has grown by more than `collapse_kl`."""
     return step.get("kl", 0.0) > first.get("kl", 0.0) + limit
 
 

@@ -51,12 +51,12 @@ class StopsOnNonFinite(GRPOTrainer):
                 raise
             failure = error
         # With tools processes generate different numbers of times: the one that fails cannot wait for the others.
-        has_failed = failure is not None
-        if not has_failed if self.tools else not self._any_process(has_failed):
+        own = failure is not None
+        if not (own if self.tools else self._any_process(own)):
             return output
         answers = [{"prompt": prompt} for prompt in self.processing_class.batch_decode(prompt_ids)]
-        which = f"Answers could not be sampled in {'this' if has_failed else 'another'} process"
-        self._stop_with_batch("the logits are", f"{which}.", {}, {"answers": answers}, failure)
+        why = f"Answers could not be sampled in {'this' if own else 'another'} process."
+        self._stop_with_batch("the logits are", why, {}, {"answers": answers}, failure)
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], *args: Any, **kwargs: Any

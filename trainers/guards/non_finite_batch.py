@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
+
+from peft_svf.trainers.files import replace_file
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -36,17 +38,10 @@ def save_batch(folder: str, process: int, tensors: dict[str, Tensor], facts: dic
         facts (`dict[str, Any]`): Plain data. Numbers that JSON does not know become `"nan"`, `"inf"` and `"-inf"`;
             what is no data, such as an image of a prompt, is named by its `str`.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
     on_cpu = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(_strict(facts), indent=1, ensure_ascii=False, allow_nan=False, default=str)
-    _write(Path(folder) / f"process-{process}.safetensors", safetensors.torch.save(on_cpu))
-    _write(Path(folder) / f"process-{process}.json", text.encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    for suffix, data in (("safetensors", safetensors.torch.save(on_cpu)), ("json", text.encode())):
+        replace_file(Path(folder) / f"process-{process}.{suffix}", partial(Path.write_bytes, data=data))
 
 
 def _strict(value: Any) -> Any:

@@ -52,9 +52,6 @@ class RolloutGuard(TrainerCallback, ExportableState):
         self.micro_batches = []
         if state.global_step == 0:
             self.reset()
-        # transformers (5.23) cannot save a callback that the checkpoint it resumed from does not know.
-        callbacks: Any = state.stateful_callbacks
-        callbacks.setdefault(type(self).__name__, self.state())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class GuardsRollouts(GRPOTrainer):
     """Mixin: warns about rewards without spread, stops a collapsing run and restores what was sound.
 
-    The class that uses it sets `_start`, copies of what is trainable by name, when it is made.
+    The class that uses it keeps in `_start` copies of what is trainable, by name, as this run found it.
     """
 
     _start: dict[str, Tensor]

@@ -28,6 +28,7 @@ class FreshTrainer:
     """
 
     def __init__(self, trainer: Any) -> None:
+        self.start: dict[str, torch.Tensor] = trainer._start  # a run rebinds the name to its own start
         self.names = set(vars(trainer))
         self.data = remember(vars(trainer))
         self.callbacks = [(callback, dict(vars(callback))) for callback in trainer.callback_handler.callbacks]

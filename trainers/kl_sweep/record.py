@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from peft_svf.trainers.files import replace_file
 
 
 SWEEP_NAME = "kl_sweep.json"
@@ -87,7 +88,5 @@ def write_sweep(
         "chosen": chosen,
         "winner": winner,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(content, indent=2) + "\n"
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))

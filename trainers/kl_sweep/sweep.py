@@ -6,8 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +13,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from peft_svf.trainers.checkpoints import checkpoint_files as files
+from peft_svf.trainers.distributed import is_sharded
+from peft_svf.trainers.files import replace_file
 from peft_svf.trainers.kl_sweep.fresh_trainer import FreshTrainer
 from peft_svf.trainers.kl_sweep.record import SWEEP_NAME, KLRun, KLSweepResult, choose, read_sweep, write_sweep
 from peft_svf.trainers.validation.best_checkpoint import (
@@ -41,6 +42,10 @@ SETTINGS_OF_A_RUN = (
     "lr_scheduler_kwargs",
     "warmup_steps",
     "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
     "weight_decay",
     "max_grad_norm",
     "seed",
@@ -53,10 +58,19 @@ SETTINGS_OF_A_RUN = (
     "kl_estimator",
     "num_generations",
     "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "generation_kwargs",
+    "mask_truncated_completions",
     "max_completion_length",
     "eval_temperature",
     "num_generations_eval",
     "eval_steps",
+    "early_stopping_patience",
+    "collapse_patience",
+    "collapse_kl",
     "metric_for_best_model",
     "greater_is_better",
 )
@@ -112,7 +126,7 @@ class KLSweep(StartIsACandidate):
         fresh = self._remember_fresh()
         self._check_can_sweep(fresh)
         folder = Path(self.args.output_dir)
-        settings = self._settings_of_sweep()
+        settings = self._settings_of_sweep(fresh.start)
         runs = self._open_sweep(folder, settings, resume)
         with self._arguments_of_runs():
             for value in values:
@@ -136,7 +150,7 @@ class KLSweep(StartIsACandidate):
                 "`sweep_kl` chooses by validation score: set `load_best_model_at_end=True` and an `eval_strategy`, "
                 "and pass an `eval_dataset`."
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if is_sharded(self):
             raise ValueError(
                 "`sweep_kl` cannot start a sharded model (DeepSpeed, FSDP) afresh: make a new trainer with its own "
                 "`output_dir` for each `kl_coef` and compare their validation scores."
@@ -147,11 +161,11 @@ class KLSweep(StartIsACandidate):
                 "configuration instead of `optimizers`."
             )
 
-    def _settings_of_sweep(self) -> dict[str, Any]:
+    def _settings_of_sweep(self, start: dict[str, Tensor]) -> dict[str, Any]:
         """What has to agree for results to be comparable, as plain JSON."""
         sketches = [getattr(layer, "svf_sketch", None) for layer in getattr(self, "_adapter_layers", [])]
         weights = [[f"{number:.6g}" for number in sketch] for sketch in sketches if sketch]
-        starts = [self._start[name].contiguous().view(torch.uint8).numpy().tobytes() for name in sorted(self._start)]
+        starts = [start[name].contiguous().view(torch.uint8).numpy().tobytes() for name in sorted(start)]
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         settings = {
             "model": self.model.config._name_or_path,
@@ -209,7 +223,9 @@ class KLSweep(StartIsACandidate):
         fresh.restore(self)
         self.args.kl_coef, self.args.output_dir = kl_coef, str(folder)
         output = self.train(resume_from_checkpoint=None if last is None else str(last))
-        self._on_main(lambda: _save_state(self.state, folder))
+        self._on_main(
+            lambda: replace_file(folder / TRAINER_STATE_NAME, lambda path: self.state.save_to_json(str(path)))
+        )
         scores = self._eval_history()
         if 0 not in scores or max(scores) == 0:
             raise ValueError(
@@ -288,16 +304,11 @@ def _length(dataset: Any) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None
 
 
-def _save_state(state: TrainerState, folder: Path) -> None:
-    partial = folder / (TRAINER_STATE_NAME + ".partial")
-    state.save_to_json(str(partial))
-    os.replace(partial, folder / TRAINER_STATE_NAME)
-
-
 def _delete_checkpoints(*folders: Path) -> None:
     for folder in folders:
-        for path in files.checkpoints(folder):
-            shutil.rmtree(path)
+        for checkpoint in files.checkpoints(folder):
+            files.delete(checkpoint)
+        files.clean(folder)
 
 
 def _forget(folder: Path) -> None:

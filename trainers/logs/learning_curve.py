@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from peft_svf.trainers.files import replace_file
 
 
 Row: TypeAlias = dict[str, float]
@@ -104,14 +106,3 @@ def read_learning_curve(path: str | os.PathLike[str]) -> list[Row]:
             raise ValueError(f"{path} is not a learning curve: it has no column `step`.")
         rows = [{name: float(value) for name, value in row.items() if value} for row in reader]
     return [{**row, "step": int(row["step"])} for row in rows]
-
-
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file beside `path` that then takes its place, so that `path` is never half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

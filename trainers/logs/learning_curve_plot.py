@@ -8,13 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_svf.trainers.logs.learning_curve import (
-    Row,
-    interval_columns,
-    read_learning_curve,
-    replace_file,
-    rows_by_step,
-)
+from peft_svf.trainers.files import replace_file
+from peft_svf.trainers.logs.learning_curve import Row, interval_columns, read_learning_curve, rows_by_step
 
 
 if TYPE_CHECKING:

@@ -33,7 +33,9 @@ class RewardProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.description, leave=False)
+            kl_coef = getattr(args, "kl_coef", 0.0)  # which tells the runs of a sweep apart
+            description = f"{self.description}, kl_coef {kl_coef:g}" if kl_coef else self.description
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=description, leave=False)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

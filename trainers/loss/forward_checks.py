@@ -15,6 +15,28 @@ from peft_svf.trainers.loss.token_scores import LanguageModelHead
 PADDING = 3
 
 
+def check_reference(model: nn.Module, base_model: nn.Module) -> None:
+    """Raise if turning off the adapters of `model` does not make it the model that the KL is measured from.
+
+    Args:
+        model (`nn.Module`): The PEFT model.
+        base_model (`nn.Module`): The causal language model in it.
+
+    Raises:
+        ValueError: There are no layers to turn off, or the output layer, which scores both models, is trained.
+    """
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "`kl_coef` needs an adapter whose layers can be turned off, which this PEFT method does not have: set "
+            "`kl_coef=0.0`, or use `SVFConfig()`."
+        )
+    if any(p.requires_grad for p in base_model.get_output_embeddings().parameters()):  # type: ignore[operator]
+        raise ValueError(
+            "The output layer is trained, and the KL from the base model is not computed with its original weights: "
+            "leave it out of `modules_to_save`, or set `kl_coef=0.0`."
+        )
+
+
 @torch.no_grad()
 def check_forward(model: nn.Module) -> None:
     """Raise if padding changes the scores of `model`, or if it reads weights of adapted layers without calling them.
@@ -26,7 +48,8 @@ def check_forward(model: nn.Module) -> None:
         ValueError: Says which, and for layers how to leave them out.
     """
     head = LanguageModelHead.of(model)
-    ids = torch.arange(1, 5, device=head.weight.device).remainder(head.weight.size(0)).unsqueeze(0)  # (1, 4)
+    device: Any = model.device
+    ids = torch.arange(1, 5, device=device).remainder(head.weight.size(0)).unsqueeze(0)  # (1, 4)
     padding = ids.new_zeros(1, PADDING)
     mask = torch.cat([padding, torch.ones_like(ids)], dim=1)
     called: set[nn.Module] = set()

@@ -85,7 +85,8 @@ def check_logits_follow_from_hidden_states(model: nn.Module) -> None:
         ValueError: If the two ways to log-probabilities differ by more than rounding.
     """
     weight = LanguageModelHead.of(model).weight
-    ids = torch.arange(1, 5, device=weight.device).remainder(weight.size(0)).unsqueeze(0)  # (1, 4)
+    device: Any = model.device
+    ids = torch.arange(1, 5, device=device).remainder(weight.size(0)).unsqueeze(0)  # (1, 4)
     training = model.training
     model.eval()
     try:
@@ -98,7 +99,7 @@ def check_logits_follow_from_hidden_states(model: nn.Module) -> None:
         ) from cause
     finally:
         model.train(training)
-    error = (LanguageModelHead.of(model).log_softmax(hidden, 1.0) - expected).abs().max().item()
+    error = (LanguageModelHead.of(model).log_softmax(hidden, 1.0).to(expected.device) - expected).abs().max().item()
     rounding = 1e-3 if expected.dtype == weight.dtype else 0.1  # logits near 10 in bfloat16 are known to 0.04
     if not error <= rounding:
         raise ValueError(

@@ -59,15 +59,20 @@ class LanguageModelHead:
     def log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
         """Log-probabilities of the whole vocabulary at `temperature`: `(n, hidden)` to `(n, vocabulary)`.
 
-        In float32, or in float64 where the hidden states are.
+        In float32, or in float64 where the hidden states are; on the device of the weight.
         """
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(hidden.to(dtype), self.weight.to(dtype), bias) * self.scale
+        # In place and only what changes something: each pass over the vocabulary takes as long as its softmax.
+        with torch.autocast(self.weight.device.type, enabled=False):
+            logits = F.linear(hidden.to(self.weight.device, dtype), self.weight.to(dtype), bias)
+            if self.scale != 1.0:
+                logits = logits.mul_(self.scale)
             if self.softcap is not None:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
-            return torch.log_softmax(logits / temperature, dim=-1)
+                logits = logits.div_(self.softcap).tanh_().mul(self.softcap)
+            if temperature != 1.0:
+                logits = logits.div_(temperature)
+            return torch.log_softmax(logits, dim=-1)
 
 
 def logit_transform(text_config: Any) -> tuple[float, float | None]:
@@ -111,15 +116,16 @@ def score_tokens(
         `TokenScores`: `log_probs` and `kl` carry the gradient, `entropy` does not.
     """
 
+    targets = targets.to(head.weight.device)
+
     def score(h: Tensor, h_reference: Tensor | None, ids: Tensor) -> TokenScores:
         p = head.log_softmax(h, temperature)  # (chunk, vocabulary)
         log_probs = p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # (chunk,)
-        entropy = -(p.detach().exp() * p.detach()).sum(-1)
+        entropy = p.detach().exp().mul_(p.detach()).sum(-1).neg()
         if h_reference is None:
             return TokenScores(log_probs, entropy, None)
-        return TokenScores(
-            log_probs, entropy, divergence(p, head.log_softmax(h_reference, temperature), ids, kl_estimator)
-        )
+        q = head.log_softmax(h_reference, temperature)
+        return TokenScores(log_probs, entropy, divergence(p, q, ids, kl_estimator))
 
     chunk_size = chunk_size or max(1, MAX_LOGITS_PER_CHUNK // head.weight.size(0))
     if len(hidden) <= chunk_size:
@@ -128,7 +134,8 @@ def score_tokens(
     for start in range(0, len(hidden), chunk_size):
         part = slice(start, start + chunk_size)
         h_reference = None if reference_hidden is None else reference_hidden[part]
-        chunks.append(checkpoint(score, hidden[part], h_reference, targets[part], use_reentrant=False))
+        inputs = hidden[part], h_reference, targets[part]
+        chunks.append(checkpoint(score, *inputs, use_reentrant=False, preserve_rng_state=False))  # nothing is drawn
     kl = None if reference_hidden is None else torch.cat([chunk.kl for chunk in chunks])
     return TokenScores(torch.cat([c.log_probs for c in chunks]), torch.cat([c.entropy for c in chunks]), kl)
 

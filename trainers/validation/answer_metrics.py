@@ -51,7 +51,7 @@ def score_metrics(answers: dict[str, Tensor], tokens: Tensor | float | None = No
     metrics = {"policy_loss": answers["policy_loss"].mean(), "entropy": answers["entropy"].sum() / tokens}
     if "kl" in answers:
         metrics |= {"kl": answers["kl"].sum() / tokens, "kl_sequence": answers["kl"].mean()}
-    return {name: value.item() for name, value in metrics.items()}
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # one wait for the device
 
 
 def lengths_and_ends(output: dict[str, Any], ending_ids: list[int]) -> dict[str, Tensor]:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import operator
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from trl import GRPOTrainer
 
 from peft_svf.trainers import checks
+from peft_svf.trainers.checkpoints import checkpoint_files as files
 from peft_svf.trainers.distributed import write_parameters
+from peft_svf.trainers.files import replace_file
 from peft_svf.trainers.statistics import paired_difference_interval
 from peft_svf.trainers.validation.reward_metrics import prompt_means
 
@@ -96,10 +97,8 @@ class ValidationRewards:
         earlier = {at: kept for at, kept in self.by_step.items() if at < step}  # a resumed run repeats later ones
         self.by_step = {**earlier, step: rewards}
         if write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".partial")
-            save_file({str(at): kept.contiguous() for at, kept in self.by_step.items()}, partial)
-            os.replace(partial, self.path)
+            content = save({str(at): kept.contiguous() for at, kept in self.by_step.items()})
+            replace_file(self.path, lambda partial: partial.write_bytes(content))
 
     @staticmethod
     def load(path: Path) -> dict[int, Tensor]:
@@ -113,8 +112,9 @@ class ValidationRewards:
 class StartIsACandidate(GRPOTrainer):
     """Mixin: with `load_best_model_at_end=True` a checkpoint has to beat the evaluation at step 0.
 
-    If none does, training ends where it started and says so. The class that uses it sets `_start`, copies of what is
-    trainable by name, when it is made, and calls `_keep_validation_rewards` after every evaluation of a dataset.
+    If none does, training ends where it started and says so. `_start` has copies of what is trainable, by name: the
+    class that uses it sets them when it is made, every new run sets its own. That class also calls
+    `_keep_validation_rewards` after every evaluation of a dataset.
     """
 
     _start: dict[str, Tensor]
@@ -179,6 +179,8 @@ class StartIsACandidate(GRPOTrainer):
         """As [`~transformers.Trainer.train`]; ends at the start if no checkpoint of the run is better."""
         checks.check_trainable(self.model)
         self._best_is_base, self.gain_over_base = False, None
+        if not resume_from_checkpoint:  # a second `train` goes on from what the first one left
+            self._start = checks.trainable_snapshot(self.model)
         self._validation_rewards = ValidationRewards(self.args.output_dir, bool(resume_from_checkpoint))
         output: TrainOutput = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.args.load_best_model_at_end or self.args.save_strategy == SaveStrategy.BEST:
@@ -227,13 +229,13 @@ class StartIsACandidate(GRPOTrainer):
         write_parameters(self.model, self._start)
 
     def _find_best_checkpoint(self, step: int) -> None:
-        """Load the best checkpoint of a resumed run whose folder was moved: transformers has forgotten its path."""
-        path = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-        if os.path.isdir(path):
-            self.state.best_model_checkpoint = path
+        """Load the best checkpoint of a resumed run that began without `load_best_model_at_end`, or was moved."""
+        path = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if files.why_unusable(path, with_optimizer=False) is None:
+            self.state.best_model_checkpoint = str(path)
             self._load_best_model()
         else:
             logger.warning(
-                f"The best checkpoint ({path}) does not exist anymore: the offsets of the last step are kept. Resume "
-                "from an earlier checkpoint to get it back."
+                f"The best checkpoint ({path}) does not exist any more, or is not whole: the offsets of the last step "
+                "are kept. Resume from an earlier checkpoint to get it back."
             )

@@ -82,6 +82,13 @@ def test_a_missing_or_truncated_file_is_named(tmp_path: Path, name: str, length:
     assert reason is not None and words.get(name, name) in reason
 
 
+@pytest.mark.parametrize("start", [b"\xff" * 8, b"\0" * 8, b"\0" * 7 + b"\x10"], ids=["huge", "zero", "large"])
+def test_weights_with_a_damaged_header_are_named(tmp_path: Path, start: bytes) -> None:
+    weights = write_checkpoint(tmp_path / "checkpoint-1") / "adapter_model.safetensors"
+    weights.write_bytes(start + weights.read_bytes()[8:])
+    assert files.why_unusable(weights.parent) == "adapter_model.safetensors is damaged"
+
+
 def test_weights_alone_are_no_checkpoint_to_resume_from(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint-1")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -217,6 +224,32 @@ def test_early_stopping_counts_on_and_stops_where_it_stopped(
         resumed.train(resume_from_checkpoint=tmp_path / "run" / f"checkpoint-{step}")
         assert resumed.state.global_step == 3
         assert same_numbers(whole, resumed)
+
+
+def patience_spent(trainer: SVFPolicyGradientTrainer) -> list[int]:
+    callbacks = trainer.callback_handler.callbacks
+    return [c.early_stopping_patience_counter for c in callbacks if isinstance(c, EarlyStoppingCallback)]
+
+
+def test_a_resumed_run_may_have_callbacks_that_its_checkpoint_does_not_know(
+    make_trainer: MakeTrainer, tiny: SimpleNamespace, tmp_path: Path
+) -> None:
+    options = {**UNALIGNED, "learning_rate": 1e-9}  # nothing improves
+    make_trainer({**arguments(tiny), "callbacks": []}, **options).train()
+    resumed = make_trainer(arguments(tiny), **options)
+    resumed.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-5")
+    assert resumed.state.global_step == 7 and patience_spent(resumed) == [2]
+
+
+def test_each_of_several_callbacks_of_a_class_counts_on(
+    make_trainer: MakeTrainer, tiny: SimpleNamespace, tmp_path: Path
+) -> None:
+    options = {**UNALIGNED, "learning_rate": 1e-9, "early_stopping_patience": 50}
+    whole = make_trainer(arguments(tiny), **options)
+    whole.train()
+    resumed = make_trainer(arguments(tiny), **options)
+    resumed.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-5")
+    assert patience_spent(resumed) == patience_spent(whole) == [7, 7]
 
 
 def test_true_falls_back_to_the_newest_complete_checkpoint(

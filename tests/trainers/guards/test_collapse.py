@@ -171,6 +171,15 @@ def test_a_run_killed_after_the_checkpoint_of_its_collapse_does_not_go_on(
     assert all(torch.equal(found[name], value) for name, value in offsets(trainer).items())
 
 
+def test_a_resumed_run_that_collapses_ends_at_the_start_of_the_run(make_run: MakeTrainer, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 20}
+    make_run(longest_wins, **options).train()
+    resumed = make_run(longest_wins, **options)
+    resumed._start = {name: tensor + 1.0 for name, tensor in resumed._start.items()}  # as of an expert that is loaded
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert resumed.state.global_step < 20 and is_at_start(resumed)
+
+
 class Evaluations(TrainerCallback):
     """Adds 0.1 to the score of the evaluation at one step."""
 

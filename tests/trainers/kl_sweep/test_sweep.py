@@ -189,6 +189,16 @@ def test_an_interrupted_sweep_continues_on_the_same_trainer(make_sweep: MakeTrai
     assert logs_of_runs(tmp_path / "run") == logs_of_runs(tmp_path / "whole")
 
 
+def test_a_sweep_after_trainings_starts_where_the_trainer_did(make_sweep: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_sweep()
+    trainer.train()
+    trainer.train()
+    swept = trainer.sweep_kl([0.0])
+    assert make_sweep().sweep_kl([0.0]).runs == swept.runs, "the record is that of the same start"
+    fresh = make_sweep(output_dir=str(tmp_path / "fresh"))
+    assert fresh.sweep_kl([0.0]).runs[0].score == swept.runs[0].score
+
+
 # -- the choice ------------------------------------------------------------------------------------------------------
 def test_the_winner_is_loaded_saved_and_the_only_one_kept(make_sweep: MakeTrainer, tiny: Any, tmp_path: Path) -> None:
     scores = {0.0: [0.5, 0.6, 0.7], 0.1: [0.5, 0.9, 0.8], 0.2: [0.5, 0.4, 0.4]}

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from peft_svf.trainers.files import replace_file
 from peft_svf.trainers.logs.learning_curve import (
     column_order,
     read_learning_curve,
-    replace_file,
     rows_by_step,
     write_learning_curve,
 )

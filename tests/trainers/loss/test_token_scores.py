@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_svf.trainers.loss.token_scores import LanguageModelHead, divergence, logit_transform, score_tokens
 
@@ -106,6 +107,16 @@ def test_bfloat16_states_are_scored_in_float32_also_under_autocast() -> None:
         scored = head.log_softmax(hidden, 1.0)
     assert scored.dtype == torch.float32
     torch.testing.assert_close(scored, (hidden.float() @ head.weight.float().T).log_softmax(-1))
+
+
+def test_states_and_targets_may_be_on_other_devices_than_the_head() -> None:
+    """As in a model that `device_map="auto"`, TRL's default for a path, has spread over two accelerators."""
+    with FakeTensorMode(), torch.no_grad():  # knows devices that this machine does not have
+        head = LanguageModelHead(torch.empty(11, 5, device="cuda:1"), torch.empty(11, device="cuda:1"), softcap=3.0)
+        hidden, reference = torch.empty(2, 8, 5, device="cuda:0")
+        targets = torch.empty(8, dtype=torch.long, device="cuda:0")
+        scores = score_tokens(hidden, targets, head, 0.7, reference)
+        assert {part.device for part in scores} == {torch.device("cuda:1")}
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,15 @@ def test_without_an_evaluation_after_the_start_the_last_offsets_are_kept(
     assert "No evaluation took place after the first step" in caplog.text
 
 
+def test_a_second_training_goes_back_to_its_own_start(make_trainer: MakeTrainer) -> None:
+    trainer = scripted_trainer(make_trainer, [0.1, 0.2, 0.8, 0.4, 0.8, 0.2, 0.3, 0.4])
+    trainer.train()
+    best_of_first = offsets(trainer)
+    trainer.train()
+    assert trainer.best_is_base and trainer.base_eval_reward == pytest.approx(0.8)
+    assert best_of_first.abs().max() > 0 and torch.equal(offsets(trainer), best_of_first)
+
+
 def test_resuming_still_has_to_beat_the_base_model(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     scripted_trainer(make_trainer, [0.5, 0.1, 0.2, 0.3]).train()
     trainer = scripted_trainer(make_trainer, [0.4, 0.4])
