@@ -20,8 +20,8 @@ from peft_svf.trainers.checkpoints.atomic_checkpoints import AtomicCheckpoints
 from peft_svf.trainers.checkpoints.expert_cards import WritesExpertCards
 from peft_svf.trainers.distributed import forget_evaluation, is_sharded, refuse_half_precision_engine
 from peft_svf.trainers.guards.finite_loss import StopsOnNonFinite
+from peft_svf.trainers.guards.guarded_training import GuardsRollouts
 from peft_svf.trainers.guards.parameter_checks import ParameterChecks
-from peft_svf.trainers.guards.rollout_guards import GuardsRollouts
 from peft_svf.trainers.kl_sweep.sweep import KLSweep
 from peft_svf.trainers.logs.completion_tables import CompletionTables
 from peft_svf.trainers.logs.training_logs import TrainingLogs

@@ -166,8 +166,8 @@ class TimedRollouts(SVFPolicyGradientTrainer):
 
     turns: TakeTurns
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        generate = super()._generate_single_turn
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        generate = super()._generate
         return self.turns.timed("rollout", lambda: generate(*args, **kwargs))
 
 

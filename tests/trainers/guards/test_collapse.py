@@ -81,7 +81,7 @@ def is_at_start(trainer: SVFPolicyGradientTrainer) -> bool:
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name.endswith(("collapse", "rollout_guards"))]
+    return [r.getMessage() for r in caplog.records if r.name.endswith(("collapse", "guarded_training"))]
 
 
 @pytest.mark.parametrize("options", [{}, {"logging_steps": 100, "gradient_accumulation_steps": 2}])
