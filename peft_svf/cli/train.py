@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from trl.import_utils import is_vllm_available
 
 from peft_svf import SVFConfig
@@ -205,7 +205,7 @@ def train_and_report(
     sweep = trainer.sweep_kl(arguments.kl_sweep) if arguments.kl_sweep else None
     if sweep is None:
         trainer.train(resume_from_checkpoint=arguments.resume or config.resume_from_checkpoint)
-    else:
+    elif not trainer.best_is_base:  # else the trainer has said it
         say(f"Validation scores, the winner marked:\n{sweep}")
     improved = not trainer.best_is_base
     if improved and sweep is None:  # a sweep has saved its winner

@@ -219,9 +219,10 @@ class StartIsACandidate(GRPOTrainer):
         if self.is_world_process_zero():
             restored = "The starting offsets are restored. " if self.args.load_best_model_at_end else ""
             gain = "" if self.gain_over_base is None else f" ({self.gain_over_base})"
+            rate = "higher" if score == start else "lower"
             logger.warning(
                 f"No checkpoint is better than the start by `{self._best_metric_name}`: {start:.4g} at step 0, at "
-                f"best {score:.4g} at step {step}{gain}. {restored}Try a lower `learning_rate`, a larger batch or "
+                f"best {score:.4g} at step {step}{gain}. {restored}Try a {rate} `learning_rate`, a larger batch or "
                 "another `baseline`."
             )
 
