@@ -81,7 +81,7 @@ class SVFPolicyGradientTrainer(
 
     With `use_vllm=True` merged weights reach vLLM through TRL's own sync, before the answers of every step, and the
     log-probabilities in the policy term are weighted by TRL's `importance_sampling_ratio`. Tested up to the sync, with
-    a stand-in for the engine; not run with vLLM itself. FSDP and quantized base models are refused.
+    a stand-in for the engine; not run with vLLM itself, and refused for FSDP and quantized base models.
 
     Logs `policy_loss`, `entropy` and, with a `kl_coef`, `kl` (mean over tokens) and `kl_sequence` (sum over tokens,
     what `kl_coef` multiplies) in addition to GRPO's `reward`, `rewards/<function>/mean` and `completions/*`, how far

@@ -109,7 +109,9 @@ def main() -> None:
     if "overhead" in arguments.parts:
         report = Report(describe_environment(device, arguments.processor_time), columns=("SVF",))
         size, steps = (QUICK_SIZE, 2) if arguments.quick else (Size(), arguments.steps)
-        report.rows += measure(size, steps, make_clock(device, arguments.processor_time))
+        for row in measure(size, steps, make_clock(device, arguments.processor_time)):
+            print(f"{row.quantity} | {row.values['SVF']} | {row.verdict()}", flush=True)
+            report.rows.append(row)
         show(report.markdown())
     if "success" in arguments.parts:
         for part in success(arguments):
