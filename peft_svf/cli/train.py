@@ -205,7 +205,7 @@ def train_and_report(
     sweep = trainer.sweep_kl(arguments.kl_sweep) if arguments.kl_sweep else None
     if sweep is None:
         trainer.train(resume_from_checkpoint=arguments.resume or config.resume_from_checkpoint)
-    elif not trainer.best_is_base:  # else the trainer has said it
+    else:
         say(f"Validation scores, the winner marked:\n{sweep}")
     improved = not trainer.best_is_base
     if improved and sweep is None:  # a sweep has saved its winner
