@@ -210,13 +210,14 @@ def test_yaml_takes_one_value_for_a_list_and_a_mapping_of_files(tmp_path: Path) 
 
 @pytest.mark.parametrize(("eval_steps", "batch_size", "is_told"), [(0.1, 2, False), (7, 2, True), (0.1, 4, True)])
 def test_a_share_of_all_steps_is_no_change_of_a_resumed_run(
-    eval_steps: float, batch_size: int, is_told: bool, config_of: Callable[..., Any]
+    eval_steps: float, batch_size: int, is_told: bool, config_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Through transformers' own comparison: the checkpoint has the number of steps that the share came to."""
     config = config_of("--eval-steps", str(eval_steps), "--per_device_train_batch_size", "2")
     state = TrainerState(eval_steps=1, save_steps=1, logging_steps=1, train_batch_size=batch_size)
     records: list[logging.LogRecord] = []
     log = logging.getLogger("transformers.trainer_utils")
+    caplog.set_level(logging.WARNING, logger=log.name)  # an earlier command may have silenced transformers
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "handle", records.append)
         compare_trainer_and_checkpoint_args(config, state)
