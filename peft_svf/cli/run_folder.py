@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from peft_svf.trainers.files import replace_file
 
 
 RUN_FILE = "run.json"
@@ -44,10 +44,5 @@ def check_output(output: Path, run: Mapping[str, Any], resume: bool) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    try:
-        staged.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    replace_file(path, lambda partial: partial.write_text(text, "utf-8"))
