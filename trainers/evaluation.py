@@ -11,8 +11,7 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from peft_svf.trainers.answering import AnswerGenerator, Processor, Prompt
-from peft_svf.trainers.rewards.reward import REASON_COLUMN
+from peft_svf.answering import AnswerGenerator, Processor, Prompt, judge_answers
 from peft_svf.trainers.statistics import grouped_success_interval, paired_difference_interval
 from peft_svf.trainers.tasks.task import Task
 
@@ -116,7 +115,7 @@ def evaluate(
     Answer every row of `dataset` and judge the answers.
 
     Chats are rendered by the chat template, and without one as the text that
-    [`~peft_svf.trainers.answering.plain_prompt`] gives; a text is taken as it is. Sampling options that the model was
+    [`~peft_svf.answering.plain_prompt`] gives; a text is taken as it is. Sampling options that the model was
     saved with (`top_p`, `repetition_penalty`, ...) are not used. A batch that does not fit into memory is halved. The
     order of the answers is that of the rows, however they are batched.
 
@@ -157,7 +156,8 @@ def evaluate(
             for row, answer in zip(rows, batch, strict=True):
                 answers[row].append(answer)
             bar.update(len(rows))
-    return _judged(task, dataset, answers, batch_size)
+    rewards, reasons = judge_answers(task.reward, dataset, answers, batch_size)
+    return Evaluation([text for of_prompt in answers for text in of_prompt], rewards, reasons, samples)
 
 
 def evaluate_success(
@@ -193,26 +193,3 @@ def _check_arguments(dataset: Dataset, batch_size: int, temperature: float, samp
         raise ValueError(f"`temperature` is 0 (greedy) or positive, not {temperature}.")
     if samples > 1 and temperature == 0:
         raise ValueError(f"Greedy answers to one prompt are all the same: set a `temperature` for {samples} samples.")
-
-
-def _judged(task: Task, dataset: Dataset, answers: list[list[str]], batch_size: int) -> Evaluation:
-    """Call the reward as TRL does: with messages where prompts are messages, and with every column."""
-    samples = len(answers[0])
-    rewards: list[float | None] = []
-    reasons: list[str] = []
-    for start in range(0, len(dataset), batch_size):
-        block = dataset[start : start + batch_size]
-        rows = {name: [value for value in values for _ in range(samples)] for name, values in block.items()}
-        texts = [answer for of_prompt in answers[start : start + batch_size] for answer in of_prompt]
-        prompts = rows.pop("prompt")
-        completions = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        logged: dict[str, list[Any]] = {}
-        given = task.reward(prompts=prompts, completions=completions, log_extra=logged.__setitem__, **rows)
-        if len(given) != len(texts):
-            raise ValueError(f"the reward of {task.name} gave {len(given)} rewards for {len(texts)} answers")
-        rewards += [None if reward is None or math.isnan(reward) else float(reward) for reward in given]
-        reasons += map(str, logged.get(REASON_COLUMN, [""] * len(texts)))
-    return Evaluation([text for of_prompt in answers for text in of_prompt], rewards, reasons, samples)

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from peft_svf.trainers.answering import Processor, plain_prompt
+from peft_svf.answering import Processor, plain_prompt
 from peft_svf.trainers.rewards.code import code_reward, code_reward_with
 from peft_svf.trainers.sandbox import check_isolation
 from peft_svf.trainers.tasks import DataFiles, Task, get_task

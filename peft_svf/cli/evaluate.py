@@ -16,13 +16,12 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 
+from peft_svf.answering import Processor, answer_text
 from peft_svf.cli import results
 from peft_svf.cli.data import find_task, parse_data_files
 from peft_svf.cli.models import BaseModel, check_adapter, for_rows
 from peft_svf.cli.run_folder import write_json
-from peft_svf.trainers.answering import Processor
 from peft_svf.trainers.evaluation import Evaluation, evaluate
-from peft_svf.trainers.rewards.reward import answer_text
 from peft_svf.trainers.tasks import Task
 
 

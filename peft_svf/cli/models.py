@@ -14,7 +14,7 @@ from accelerate import PartialState
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, ProcessorMixin
 
-from peft_svf.trainers.answering import Processor
+from peft_svf.answering import Processor
 
 
 @dataclass(frozen=True)

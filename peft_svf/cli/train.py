@@ -20,6 +20,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from trl.import_utils import is_vllm_available
 
 from peft_svf import SVFConfig
+from peft_svf.answering import Processor
 from peft_svf.cli import results
 from peft_svf.cli.data import (
     check_separate_test_files,
@@ -35,7 +36,6 @@ from peft_svf.cli.run_folder import RESULTS_FILE, RUN_FILE, check_output, write_
 from peft_svf.cli.train_arguments import TrainArguments, TrainParser
 from peft_svf.hub_cards import ExpertResult, write_expert_card
 from peft_svf.trainers import SVFPolicyGradientConfig, SVFPolicyGradientTrainer
-from peft_svf.trainers.answering import Processor
 from peft_svf.trainers.evaluation import Evaluation, evaluate
 from peft_svf.trainers.logs.progress import RewardProgressCallback
 from peft_svf.trainers.tasks import Task

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from peft_svf import ExpertBank
+from peft_svf.answering import plain_prompt
 from peft_svf.playground import BANK_FOLDER
-from peft_svf.trainers.answering import plain_prompt
 from peft_svf.trainers.evaluation import Evaluation, evaluate, evaluate_success, greedy_answers
 from peft_svf.trainers.rewards import Verdict, reward_function
 from peft_svf.trainers.statistics import wilson_interval

@@ -7,28 +7,14 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+from peft_svf.answering import REASON_COLUMN, Messages, answer_text
 from peft_svf.trainers.rewards.verdict import Verdict
 
 
-Messages: TypeAlias = list[dict[str, str]]
 RewardFunction: TypeAlias = Callable[..., list[float | None]]
 
-REASON_COLUMN = "reward_reason"
 LONGEST_READ = 20_000  # characters of a completion, from its end: the answer stands there, and judging stays fast
 END_OF_THOUGHT = "</think>"
-
-
-def answer_text(completion: str | Messages | Any) -> str:
-    """Text of one completion, conversational (`[{"role": "assistant", "content": ...}]`) or plain.
-
-    A conversation without a last message, or with one that holds no text, is an empty answer.
-    """
-    if isinstance(completion, str):
-        return completion
-    content = completion[-1].get("content") if completion else None
-    if isinstance(content, list):  # parts of a multimodal message
-        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    return content if isinstance(content, str) else ""
 
 
 def reward_function(judge: Callable[..., Sequence[Verdict]]) -> RewardFunction:

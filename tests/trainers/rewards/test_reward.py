@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_svf.answering import answer_text
 from peft_svf.trainers.rewards import Verdict, number_reward, reward_function, with_negative_reward
-from peft_svf.trainers.rewards.reward import answer_text
 
 
 @reward_function

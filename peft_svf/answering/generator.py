@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,19 +13,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from peft_svf.trainers.rewards.reward import Messages, answer_text
+from peft_svf.answering.messages import Prompt, plain_prompt
 
 
 Processor: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
-Prompt: TypeAlias = str | Messages
-
-
-def plain_prompt(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A chat as a text, for models without a chat template: what the messages say, empty lines between them.
-
-    Ends with a line break, behind which the model goes on.
-    """
-    return "\n\n".join(answer_text([dict(message)]).strip() for message in messages) + "\n"
 
 
 @dataclass
