@@ -36,11 +36,12 @@ class Shape:
     intermediate: int
     layers: int
     heads: int
+    vocabulary: int = VOCABULARY
 
     def config(self) -> LlamaConfig:
         """The transformers configuration; grouped-query attention with a quarter as many key-value heads."""
         return LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,

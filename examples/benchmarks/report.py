@@ -27,6 +27,7 @@ class Row:
         setting (`str`): Shape and dtype.
         values (`dict[str, Spread]`): By method, the names of the report's columns.
         at_most (`float`, *optional*): The goal for SVF; none for rows that only inform.
+        at_least (`float`, *optional*): The goal if more is better; not both.
         why_missed (`str`): Printed if the goal is missed by every single measurement.
         note (`str`): Printed in any case.
     """
@@ -37,17 +38,29 @@ class Row:
     at_most: float | None = None
     why_missed: str = ""
     note: str = ""
+    at_least: float | None = None
+
+    @property
+    def goal(self) -> str:
+        if self.at_least is not None:
+            return f"≥ {self.at_least:.3g}"
+        return "" if self.at_most is None else f"≤ {self.at_most:.3g}"
 
     @property
     def met(self) -> bool | None:
-        return None if self.at_most is None else self.values["SVF"].median <= self.at_most
+        return self._meets(self.values["SVF"].median)
+
+    def _meets(self, value: float) -> bool | None:
+        if self.at_least is not None:
+            return value >= self.at_least
+        return None if self.at_most is None else value <= self.at_most
 
     def verdict(self) -> str:
         if self.met is None:
             return self.note
         if self.met:
             words = "met"
-        elif self.values["SVF"].low <= self.at_most:
+        elif self._meets(self.values["SVF"].low) or self._meets(self.values["SVF"].high):
             words = "missed by less than the measurements scatter"
         else:
             words = f"missed: {self.why_missed}"
@@ -72,9 +85,8 @@ class Report:
     def _table(self, rows: Iterable[Row]) -> list[str]:
         lines = [_line(["quantity", "goal", *self.columns, "verdict"]), _line(["---"] * (len(self.columns) + 3))]
         for row in rows:
-            goal = "" if row.at_most is None else f"≤ {row.at_most:.3g}"
             values = [str(row.values[name]) if name in row.values else "–" for name in self.columns]
-            lines.append(_line([row.quantity, goal, *values, row.verdict()]))
+            lines.append(_line([row.quantity, row.goal, *values, row.verdict()]))
         return lines
 
     def json(self) -> str:

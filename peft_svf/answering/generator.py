@@ -4,36 +4,70 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
+from peft_svf.answering.likelihood import AnswerLikelihoods
 from peft_svf.answering.messages import Prompt, plain_prompt
 
 
 Processor: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
+Rendered: TypeAlias = tuple[str, bool]
+
+
+class RowWeights(Protocol):
+    """What is needed of a [`~peft_svf.dispatch.Route`], which lives above this package: its rows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+class ScoredAnswer(NamedTuple):
+    """An answer, and the sum of the log-probabilities of its tokens under the model that gave it."""
+
+    text: str
+    log_likelihood: float
 
 
 @dataclass
 class AnswerGenerator:
-    """Renders prompts and generates answers; `ready` puts the model into the state that `answers` needs."""
+    """
+    Renders prompts and generates answers; `ready` puts the model into the state that `answers` needs.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): What answers.
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`): Its tokenizer, or its processor for images.
+        max_new_tokens (`int`): Tokens of an answer at most.
+        temperature (`float`): 0 is greedy; above it, sampling from the whole vocabulary.
+        chat_template_kwargs (`dict`): For the chat template.
+        routed (`Callable`, *optional*): `ExpertBank.routed` of the bank whose model this is, for answers with a route.
+
+    Attributes:
+        too_large (`int` or `None`): The smallest batch that did not fit into memory so far.
+    """
 
     model: Any
     processing_class: Processor
     max_new_tokens: int
     temperature: float
     chat_template_kwargs: dict[str, Any]
+    routed: Callable[[Any], AbstractContextManager[Any]] | None = None
 
     def __post_init__(self) -> None:
+        self.too_large: int | None = None
         self.has_processor = isinstance(self.processing_class, ProcessorMixin)
         self.tokenizer: Any = self.processing_class.tokenizer if self.has_processor else self.processing_class
 
-    def render(self, prompt: Prompt) -> tuple[str, bool]:
+    def render(self, prompt: Prompt) -> Rendered:
         """The text of a prompt, and whether the tokenizer has to add its special tokens, as TRL does for texts."""
         if isinstance(prompt, str):
             return prompt, True
@@ -68,8 +102,7 @@ class AnswerGenerator:
             self.model.train(training)
 
     def _generation_config(self, own: GenerationConfig) -> GenerationConfig:
-        ends = [] if own.eos_token_id is None else own.eos_token_id
-        ends = [ends] if isinstance(ends, int) else list(ends)
+        ends = end_tokens(own)
         if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in ends:
             ends.append(self.tokenizer.eos_token_id)
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
@@ -87,31 +120,74 @@ class AnswerGenerator:
         return next(token for token in candidates if token is not None)
 
     def answers(
-        self, texts: Sequence[tuple[str, bool]], prompts: Sequence[Prompt], images: Sequence[Any] | None = None
+        self,
+        texts: Sequence[Rendered],
+        prompts: Sequence[Prompt],
+        images: Sequence[Any] | None = None,
+        route: RowWeights | None = None,
     ) -> list[str]:
-        """Answers to one batch; halves of it if it does not fit into memory."""
+        """
+        Answers to one batch; halves of it if it does not fit into memory.
+
+        Args:
+            texts (`Sequence[tuple[str, bool]]`): B prompts as `render` gives them.
+            prompts (`Sequence[str | list[dict]]`): The prompts themselves, which are rendered again with images.
+            images (`Sequence`, *optional*): The image, or the list of images, of each prompt.
+            route ([`~peft_svf.dispatch.Route`], *optional*): The weights that each of the B rows is answered under.
+        """
+        return [answer.text for answer in self._answers(texts, prompts, images, route, scored=False)]
+
+    def scored_answers(
+        self,
+        texts: Sequence[Rendered],
+        prompts: Sequence[Prompt],
+        images: Sequence[Any] | None = None,
+        route: RowWeights | None = None,
+    ) -> list[ScoredAnswer]:
+        """The same answers with their log-likelihoods, which come from the forwards that generated them."""
+        return self._answers(texts, prompts, images, route, scored=True)
+
+    def _answers(
+        self,
+        texts: Sequence[Rendered],
+        prompts: Sequence[Prompt],
+        images: Sequence[Any] | None,
+        route: RowWeights | None,
+        scored: bool,
+    ) -> list[ScoredAnswer]:
+        if route is not None and len(route) != len(texts):
+            raise ValueError(f"The route has {len(route)} rows, but there are {len(texts)} prompts.")
         try:
-            return self._generate(self._inputs(texts, prompts, images))
+            return self._generate(self._inputs(texts, prompts, images), route, scored)
         except RuntimeError as error:
             if len(texts) == 1 or not should_reduce_batch_size(error):
                 raise
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        self.too_large = min(len(texts), self.too_large or len(texts))
         half = len(texts) // 2
-        parts = (slice(0, half), slice(half, None))
         return [
             answer
-            for part in parts
-            for answer in self.answers(texts[part], prompts[part], None if images is None else images[part])
+            for part in (slice(0, half), slice(half, None))
+            for answer in self._answers(
+                texts[part],
+                prompts[part],
+                None if images is None else images[part],
+                None if route is None else route[part],
+                scored,
+            )
         ]
 
     def _inputs(
-        self, texts: Sequence[tuple[str, bool]], prompts: Sequence[Prompt], images: Sequence[Any] | None
+        self, texts: Sequence[Rendered], prompts: Sequence[Prompt], images: Sequence[Any] | None
     ) -> dict[str, Tensor]:
         if images is not None:
             return self._inputs_with_images(prompts, images)
-        rows = [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in texts]
+        encoded: dict[Rendered, list[int]] = {}  # one prompt under many routes is encoded once
+        for text, special in set(texts):
+            encoded[text, special] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        rows = [encoded[text] for text in texts]
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), self._pad_token_id())
         mask = torch.zeros_like(ids)
@@ -147,11 +223,29 @@ class AnswerGenerator:
         chat: list[dict[str, Any]] = prepare_multimodal_messages(list(prompt), images=images)
         return chat
 
-    def _generate(self, inputs: dict[str, Tensor]) -> list[str]:
+    def _generate(self, inputs: dict[str, Tensor], route: RowWeights | None, scored: bool) -> list[ScoredAnswer]:
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        output = self.model.generate(**inputs)
+        likelihoods = AnswerLikelihoods() if scored else None
+        with self._under(route):
+            output = self.model.generate(**inputs, **(likelihoods.generate_kwargs if likelihoods else {}))
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         answers: list[str] = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-        return answers
+        sums = [math.nan] * len(answers)
+        if likelihoods is not None:
+            sums = likelihoods.of(new_tokens, end_tokens(self.model.generation_config))
+        return [ScoredAnswer(text, total) for text, total in zip(answers, sums, strict=True)]
+
+    def _under(self, route: RowWeights | None) -> AbstractContextManager[Any]:
+        if route is None:
+            return nullcontext()
+        if self.routed is None:
+            raise ValueError("Answers under a route need the bank of the experts: pass `routed=bank.routed`.")
+        return self.routed(route)
+
+
+def end_tokens(config: GenerationConfig) -> list[int]:
+    """The tokens that end an answer."""
+    ends = config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -16,12 +16,24 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_svf.experts.files import make_readable, replaced_folder
+from peft_svf.tuner.layer import SVFLayer
+from peft_svf.tuner.mixed_batch import MixedBatch
 
 
 MODEL_TYPE = "transformer2"
 BASE_LABEL = "others"  # what unsure and foreign prompts get: the base model
 BASE_FOLDER = "base"
+_LAYER = re.compile(r".*?\.\d+(?=\.)")  # of a module's name, up to the number of its layer
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")  # a folder name and a PyTorch module name, never a path
+
+
+class RouteWeights(Protocol):
+    """What a bank needs to know of a [`~peft_svf.dispatch.Route`]."""
+
+    weights: torch.Tensor  # (B, K) or (B, G, K)
+    experts: tuple[str, ...]
+    groups: tuple[str, ...]
+    residual: bool
 
 
 class ExpertBankError(Exception):
@@ -61,6 +73,8 @@ class ExpertBank:
         instruction (`str`, *optional*):
             The instruction of the prompt dispatcher; by default one is written from the labels and descriptions.
         base_revision (`str`, *optional*): Hub revision of the base model, stored with the bank.
+        classifier (`str`, *optional*):
+            The adapter that classifies prompts (strategy B of Transformer²). It answers none, so it is no expert.
 
     Raises:
         ExpertBankError: no SVF adapter, an unknown adapter, or a name or label that is reserved or used twice.
@@ -73,11 +87,15 @@ class ExpertBank:
         experts: Mapping[str, ExpertEntry] | None = None,
         instruction: str | None = None,
         base_revision: str | None = None,
+        classifier: str | None = None,
     ) -> None:
         adapters = _svf_adapters(model)
-        self.experts = dict(experts) if experts is not None else {name: ExpertEntry(name) for name in adapters}
+        if experts is None:
+            experts = {name: ExpertEntry(name) for name in adapters if name != classifier}
+        self.experts = dict(experts)
+        self.classifier = classifier
         _check_entries(self.experts)
-        for name in self.experts:
+        for name in [*self.experts, *([] if classifier is None else [classifier])]:
             if name not in adapters:
                 raise ExpertBankError(f"Expert '{name}' is no SVF adapter of the model, which has {adapters}.")
         self.model = model.eval()  # PEFT refuses mixed batches in training mode
@@ -103,19 +121,62 @@ class ExpertBank:
         return name
 
     @contextmanager
-    def base_only(self) -> Iterator[PreTrainedModel]:
-        """Compute with the base model's own weights; active adapter and requires_grad are as before afterwards."""
+    def routed(self, route: RouteWeights | str | Mapping[str, float]) -> Iterator[PeftModel | PreTrainedModel]:
+        """
+        Compute under a route: `with bank.routed(route): bank.model.generate(**batch)`.
+
+        The route belongs to the thread that enters it: other threads that use the same bank do not see it, and
+        neither the active adapter nor anything else of the model is changed. Mixtures are exact. Generation with
+        beams or several returned sequences goes through `bank.model`, not `bank.base_model`.
+
+        Args:
+            route (`Route`, `str` or `Mapping[str, float]`):
+                A [`~peft_svf.dispatch.Route`] with one row for each row of the batch; or, for any number of rows, an
+                expert's name, `"others"` for the base model, or a mixture like `{"math": 0.7, "code": 0.3}`.
+
+        Raises:
+            ValueError: an unknown expert, a batch of other rows than the route, a merged expert.
+        """
+        experts, weights, groups, residual = self._weights(route)
         if not isinstance(self.model, PeftModel):
+            if weights.any():
+                raise ValueError(f"This bank has no experts, so it cannot be routed to {experts}.")
             yield self.model
             return
-        # PEFT marks the active adapter as trainable when it enables the adapters again
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        try:
-            with self.model.disable_adapter():
-                yield self.base_model
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+        every_row = isinstance(route, str | Mapping)
+        with self.model.base_model.routed(MixedBatch(experts, weights, groups, residual, every_row)):
+            yield self.model
+
+    def _weights(
+        self, route: RouteWeights | str | Mapping[str, float]
+    ) -> tuple[tuple[str, ...], torch.Tensor, tuple[str, ...], bool]:
+        if isinstance(route, str):
+            route = {route: 1.0}
+        if not isinstance(route, Mapping):
+            return route.experts, route.weights, route.groups, route.residual
+        mixture = {name: float(weight) for name, weight in route.items() if name != BASE_LABEL}
+        for name in mixture:
+            if name != self.classifier:
+                self.check_expert(name)
+        return tuple(mixture), torch.tensor([list(mixture.values())]), (), True
+
+    @contextmanager
+    def base_only(self) -> Iterator[PreTrainedModel]:
+        """Compute with the base model's own weights, in this thread; the active adapter is not touched."""
+        with self.routed(BASE_LABEL):
+            yield self.base_model
+
+    def matrix_groups(self) -> tuple[str, ...]:
+        """The names of all adapted matrices: groups for mixture weights of each matrix."""
+        if not isinstance(self.model, PeftModel):
+            return ()
+        layers = [module for module in self.base_model.modules() if isinstance(module, SVFLayer)]
+        return tuple(dict.fromkeys(layer.svf_name for layer in layers))
+
+    def layer_groups(self) -> tuple[str, ...]:
+        """The layers of the model, like "model.layers.3", and the names of adapted matrices outside of them."""
+        matches = [(_LAYER.match(name), name) for name in self.matrix_groups()]
+        return tuple(dict.fromkeys(match[0] if match else name for match, name in matches))
 
     @classmethod
     def from_pretrained(

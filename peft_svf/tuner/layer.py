@@ -9,6 +9,7 @@ mean the sum of their offsets, which leaves the base model at weight 1 − K (a 
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -31,8 +32,13 @@ from peft_svf.tuner.quantized import UnmergedLayer, dequantized_weight, device_o
 class RowOffsets(Protocol):
     """What an adapted layer needs to know of a mixed batch (see [`MixedBatch`])."""
 
-    def row_offsets(self, layer: SVFLayer, x: torch.Tensor) -> torch.Tensor:
-        """The offsets for each row of x, shape (B, 1, …, k) with as many axes as x."""
+    every_row: bool
+
+    def row_offsets(self, layer: SVFLayer, x: torch.Tensor) -> torch.Tensor | None:
+        """The offsets for x, shape (k,) or (B, 1, …, k) with as many axes as x; `None` for the base model."""
+
+    def offsets(self, layer: SVFLayer) -> torch.Tensor | None:
+        """The offsets of the U distinct mixtures, shape (U, …, k); `None` if all are the base model."""
 
 
 class SVFLayer(BaseTunerLayer):
@@ -46,6 +52,7 @@ class SVFLayer(BaseTunerLayer):
         svf_singular_values (`torch.Tensor`): All singular values, shape (r,).
         svf_sketch (`list[float]`): The fingerprint of the weight that Q was computed from.
         svf_basis_source (`str`): The checkpoint that this weight came from; `None` if it was the layer's own.
+        svf_batches (`dict[int, RowOffsets]`): By thread, the mixed batch that it runs; all layers share them.
     """
 
     adapter_layer_names = ("svf_offset",)
@@ -73,6 +80,7 @@ class SVFLayer(BaseTunerLayer):
         self.svf_strength: dict[str, float] = {}
         self.svf_sketch: list[float] | None = None
         self.svf_basis_source: str | None = None
+        self.svf_batches: dict[int, RowOffsets] = {}
         self.register_buffer("svf_basis", None, persistent=False)
         self.register_buffer("svf_singular_values", None, persistent=False)
         # The weight as it was before merging; a buffer so that it follows the model to other devices.
@@ -163,6 +171,10 @@ class SVFLayer(BaseTunerLayer):
         offset = module(self.svf_singular_values)
         strength = self.svf_strength[adapter_name]
         return offset if strength == 1.0 else offset * strength
+
+    def mixed_batch(self) -> RowOffsets | None:
+        """The mixed batch that this thread runs, if it runs one."""
+        return self.svf_batches.get(threading.get_ident()) if self.svf_batches else None
 
     def sum_offsets(self, adapter_names: Iterable[str]) -> torch.Tensor | None:
         """Σ offset over those of the adapters that this layer has, shape (k,); `None` if it has none of them."""
@@ -290,17 +302,17 @@ class Linear(nn.Module, SVFLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
-    def forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: RowOffsets | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """Shape (..., in) to (..., out). `adapter_names` says which adapter each row of the batch runs under."""
-        if self.disable_adapters:
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Shape (..., in) to (..., out), under the mixed batch of this thread or else the active adapters."""
+        batch = self.mixed_batch()
+        if batch is not None:
+            offset = batch.row_offsets(self, x)
+        elif self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._scale_singular_values(x, adapter_names.row_offsets(self, x), *args, **kwargs)
-        offset = None if self.merged else self.sum_offsets(self.active_adapters)
+            offset = None
+        else:
+            offset = None if self.merged else self.sum_offsets(self.active_adapters)
         if offset is None:
             return self.base_layer(x, *args, **kwargs)
         return self._scale_singular_values(x, offset, *args, **kwargs)

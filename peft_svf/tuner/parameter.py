@@ -9,6 +9,7 @@ matrix, the module that owns the parameter runs with
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -24,6 +25,8 @@ from peft_svf.tuner.module_checks import ModuleChecks, is_linear
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Found: TypeAlias = tuple[SingularBasis, list[float]]  # of one matrix: its singular basis and its sketch
+
+_PARAMETERS_LOCK = threading.RLock()  # a parameter that is replaced for one thread's forward is so for all threads
 
 
 class ParamWrapper(nn.Module, SVFLayer):
@@ -137,15 +140,15 @@ class ParamWrapper(nn.Module, SVFLayer):
             layer = layer.base_layer
         return layer
 
-    def forward(self, *args: Any, adapter_names: object = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns when its parameter is W'. Afterwards, and after an exception, it is W again."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(*args, **kwargs)
-        if adapter_names is not None:
-            raise ValueError(no_mixed_batches(self.svf_name))
-        offset = None if self.merged else self.sum_offsets(self.active_adapters)
+        if torch.compiler.is_compiling():  # which knows no locks
+            return self._forward(*args, **kwargs)
+        with _PARAMETERS_LOCK:
+            return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        offset = self._current_offset()
         if offset is None:
             return self.base_layer(*args, **kwargs)
         if self.get_param().is_meta:
@@ -160,6 +163,20 @@ class ParamWrapper(nn.Module, SVFLayer):
             return self.base_layer(*args, **kwargs)
         finally:
             parameters[self.parameter_name] = unchanged
+
+    def _current_offset(self) -> torch.Tensor | None:
+        """z − 1 of every matrix under the mixed batch of this thread or else the active adapters, (experts, k)."""
+        batch = self.mixed_batch()
+        if batch is not None:
+            if not batch.every_row:
+                raise ValueError(no_mixed_batches(self.svf_name))
+            table = batch.offsets(self)
+            return None if table is None else table[0]
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return None
+        return None if self.merged else self.sum_offsets(self.active_adapters)
 
     def __repr__(self) -> str:
         return "svf." + super().__repr__()

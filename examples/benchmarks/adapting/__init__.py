@@ -1,0 +1,17 @@
+"""The parts of adaptation.py, one file each; `PARTS` maps the names that `--parts` takes to them.
+
+Every part yields pieces of the report, in Markdown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from adapting import first_pass, mixed_batch
+from adapting.setting import Setting
+
+
+PARTS: dict[str, Callable[[Setting], Iterator[str]]] = {
+    "first-pass": first_pass.measure,
+    "mixed-batch": mixed_batch.measure,
+}
