@@ -6,12 +6,25 @@ from importlib.metadata import version
 
 from peft_svf.dispatch import PromptDispatcher
 from peft_svf.experts import ExpertBank
-from peft_svf.pipelines import Transformer2Pipeline
+from peft_svf.experts.auto import Transformer2Config, Transformer2ForCausalLM, Transformer2ForImageTextToText
+from peft_svf.pipelines import Transformer2ImageTextToTextPipeline, Transformer2Pipeline
 from peft_svf.registration import register_auto_classes, register_pipelines, register_tuner
 from peft_svf.tuner import SVFConfig, SVFModel
 
 
-__all__ = ["ExpertBank", "PromptDispatcher", "SVFConfig", "SVFModel", "Transformer2Pipeline", "__version__"]
+# Saved banks import the names with Transformer2 from here: they must stay
+__all__ = [
+    "ExpertBank",
+    "PromptDispatcher",
+    "SVFConfig",
+    "SVFModel",
+    "Transformer2Config",
+    "Transformer2ForCausalLM",
+    "Transformer2ForImageTextToText",
+    "Transformer2ImageTextToTextPipeline",
+    "Transformer2Pipeline",
+    "__version__",
+]
 
 __version__ = version("peft-svf")
 

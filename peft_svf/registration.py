@@ -9,10 +9,11 @@ from typing import Any
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from peft_svf.experts.auto import Transformer2Config, Transformer2ForCausalLM
+from peft_svf.experts.auto import Transformer2Config, Transformer2ForCausalLM, Transformer2ForImageTextToText
+from peft_svf.pipelines.image_text_to_text import Transformer2ImageTextToTextPipeline
 from peft_svf.pipelines.text_generation import Transformer2Pipeline
 from peft_svf.tuner import SVFConfig, SVFModel
 
@@ -42,13 +43,17 @@ def register_tuner() -> None:
 
 
 def register_auto_classes() -> None:
-    """Let `AutoConfig` and `AutoModelForCausalLM` load banks (model type "transformer2"). Safe to call twice."""
+    """Let transformers' Auto classes load banks (model type "transformer2"). Safe to call twice."""
     AutoConfig.register(Transformer2Config.model_type, Transformer2Config, exist_ok=True)
     AutoModelForCausalLM.register(Transformer2Config, Transformer2ForCausalLM, exist_ok=True)
+    AutoModelForImageTextToText.register(Transformer2Config, Transformer2ForImageTextToText, exist_ok=True)
 
 
 def register_pipelines() -> None:
-    """Make `pipeline("transformer2-generation")` known; by default it loads the playground bank. Idempotent."""
+    """Make our tasks known to `transformers.pipeline`; text generation loads the playground bank by default.
+
+    Does nothing the second time.
+    """
     if "transformer2-generation" in PIPELINE_REGISTRY.get_supported_tasks():
         return
     PIPELINE_REGISTRY.register_pipeline(
@@ -58,8 +63,23 @@ def register_pipelines() -> None:
         default=_PlaygroundDefault(model=(str(PLAYGROUND_BANK), None)),
         type="text",
     )
-    # It would make Pipeline.save_pretrained write `custom_pipelines` and copies of our code into users' folders
-    del Transformer2Pipeline._registered_impl  # type: ignore[attr-defined]
+    PIPELINE_REGISTRY.register_pipeline(
+        "transformer2-image-text-to-text",
+        pipeline_class=Transformer2ImageTextToTextPipeline,
+        pt_model=AutoModelForImageTextToText,
+        default=_NoDefault(model=None),
+        type="multimodal",
+    )
+    for pipeline_class in (Transformer2Pipeline, Transformer2ImageTextToTextPipeline):
+        # It would make Pipeline.save_pretrained write `custom_pipelines` and copies of our code into users' folders
+        del pipeline_class._registered_impl
+
+
+class _NoDefault(dict):
+    """Says that a model is needed; transformers would raise `KeyError: 'default'`."""
+
+    def __getitem__(self, key: str) -> Any:
+        raise ValueError("This task has no default model; pass model=<folder or Hub id of a bank>.")
 
 
 class _PlaygroundDefault(dict):

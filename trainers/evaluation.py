@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from peft_svf.answering import AnswerGenerator, Processor, Prompt, judge_answers
+from peft_svf.answering import AnswerGenerator, Processes, Processor, Prompt, judge_answers
+from peft_svf.dispatch import Dispatcher, Route
+from peft_svf.dispatch.few_shot.examples import refuse_adaptation_examples
+from peft_svf.experts import ExpertBank
 from peft_svf.trainers.statistics import grouped_success_interval, paired_difference_interval
 from peft_svf.trainers.tasks.task import Task
 
@@ -29,12 +32,20 @@ class Evaluation:
         rewards (`list[float | None]`): Reward of each answer; None for one that cannot be judged.
         reasons (`list[str]`): Why, in the reward's words; empty where it gives none.
         samples (`int`, *optional*, defaults to 1): Answers for each prompt.
+        route ([`~peft_svf.dispatch.Route`], *optional*):
+            Under a dispatcher, one row a prompt: the weights it was answered under, and the dispatcher's scores.
     """
 
     answers: list[str]
     rewards: list[float | None]
     reasons: list[str]
     samples: int = 1
+    route: Route | None = field(default=None, compare=False)
+
+    @property
+    def experts(self) -> list[str] | None:
+        """Under a dispatcher, what answered each prompt: an expert's name, `"others"` for the base, or `"mixture"`."""
+        return None if self.route is None else self.route.names()
 
     @property
     def prompts(self) -> int:
@@ -105,11 +116,13 @@ def evaluate(
     dataset: Dataset,
     batch_size: int = 128,
     *,
+    dispatcher: Dispatcher | None = None,
     temperature: float = 0.0,
     samples: int = 1,
     seed: int = 0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     description: str | None = None,
+    split_over_processes: bool = False,
 ) -> Evaluation:
     """
     Answer every row of `dataset` and judge the answers.
@@ -120,44 +133,122 @@ def evaluate(
     order of the answers is that of the rows, however they are batched.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): The model, under the adapter to be judged. Not sharded.
+        model (`PreTrainedModel`, `PeftModel` or `ExpertBank`):
+            The model, under the adapter to be judged; with a `dispatcher`, the bank of its experts. Not sharded.
         processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
             Its tokenizer, or its processor, which rows with a column `image` or `images` need.
         task ([`Task`]): Gives the reward and the number of new tokens.
         dataset (`Dataset`): Rows as `task.load` returns them.
         batch_size (`int`, *optional*, defaults to 128): Answers generated at once.
+        dispatcher ([`~peft_svf.dispatch.Dispatcher`], *optional*):
+            Routes each batch, whose rows are then answered at once, each under its own weights. One that was adapted
+            on some of the rows is refused.
         temperature (`float`, *optional*, defaults to 0.0): 0 is greedy; above it, sampling from the whole vocabulary.
         samples (`int`, *optional*, defaults to 1): Answers for each prompt; several need a `temperature`.
         seed (`int`, *optional*, defaults to 0): Seed of the sampling. Samples also depend on `batch_size`.
         chat_template_kwargs (`Mapping`, *optional*): For the chat template, e.g. `{"enable_thinking": False}`.
         description (`str`, *optional*): Text of the progress bar; no bar without it.
+        split_over_processes (`bool`, *optional*, defaults to `False`):
+            Under `accelerate launch`, share the batches and their judging between the processes, which must all make
+            this call. Each gets the whole result, the one that a single process computes.
 
     Returns:
         [`Evaluation`]
 
     Raises:
-        ValueError: If there are no rows, or `batch_size`, `temperature` and `samples` do not fit.
+        ValueError: If there are no rows, if `batch_size`, `temperature` and `samples` do not fit, if the dispatcher
+            was adapted on some of the rows, or if it comes without a bank.
     """
     _check_arguments(dataset, batch_size, temperature, samples)
+    bank = _check_dispatcher(model, dispatcher, dataset)
     generator = AnswerGenerator(
-        model, processing_class, task.max_new_tokens, temperature, dict(chat_template_kwargs or {})
+        model if bank is None else bank.model,
+        processing_class,
+        task.max_new_tokens,
+        temperature,
+        dict(chat_template_kwargs or {}),
+        None if bank is None else bank.routed,
     )
-    prompts = dataset["prompt"]
-    texts = [generator.render(prompt) for prompt in prompts]
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))  # similar lengths together, the longest first
-    jobs = [row for row in order for _ in range(samples)]
-    answers: list[list[str]] = [[] for _ in texts]
-    images = next((name for name in IMAGE_COLUMNS if name in dataset.column_names), None)
-    with generator.ready(seed), tqdm(total=len(jobs), desc=description, disable=not description, leave=False) as bar:
-        for start in range(0, len(jobs), batch_size):
-            rows = jobs[start : start + batch_size]
-            pictures = None if images is None else [dataset[row][images] for row in rows]
-            batch = generator.answers([texts[i] for i in rows], [prompts[i] for i in rows], pictures)
-            for row, answer in zip(rows, batch, strict=True):
-                answers[row].append(answer)
-            bar.update(len(rows))
-    rewards, reasons = judge_answers(task.reward, dataset, answers, batch_size)
-    return Evaluation([text for of_prompt in answers for text in of_prompt], rewards, reasons, samples)
+    processes = Processes.launched() if split_over_processes else Processes()
+    run = _Run(generator, dataset, dispatcher, samples, seed, processes)
+    answers, route = run.answer(batch_size, description)
+    return replace(_judge(task, dataset, answers, batch_size, processes), route=route)
+
+
+@dataclass
+class _Run:
+    """One evaluation up to its answers; processes share its batches."""
+
+    generator: AnswerGenerator
+    dataset: Dataset
+    dispatcher: Dispatcher | None
+    samples: int
+    seed: int
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        self.prompts: list[Prompt] = list(self.dataset["prompt"])
+        self.texts = [self.generator.render(prompt) for prompt in self.prompts]
+        self.images = next((name for name in IMAGE_COLUMNS if name in self.dataset.column_names), None)
+
+    def answer(self, batch_size: int, description: str | None) -> tuple[list[list[str]], Route | None]:
+        """The answers to each prompt, and the routes that the prompts took."""
+        order = sorted(range(len(self.texts)), key=lambda i: -len(self.texts[i][0]))  # similar lengths, longest first
+        jobs = [row for row in order for _ in range(self.samples)]
+        batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+        own = self.processes.own(list(enumerate(batches)))
+        found: list[tuple[int, list[int], list[str], Route | None]] = []
+        total = sum(len(rows) for _, rows in own)
+        with self.generator.ready(self.seed), tqdm(
+            total=total, desc=description, disable=not description, leave=False
+        ) as bar:  # fmt: skip
+            for number, rows in own:
+                torch.manual_seed(self.seed + number)  # whichever process has the batch
+                found.append((number, rows, *self._answer_batch(rows)))
+                bar.update(len(rows))
+        found = sorted(self.processes.gather(found), key=lambda batch: batch[0])
+        answers: list[list[str]] = [[] for _ in self.texts]
+        answered = [(row, text) for _, rows, texts, _ in found for row, text in zip(rows, texts, strict=True)]
+        for row, text in answered:
+            answers[row].append(text)
+        routes = [route for *_, route in found if route is not None]
+        if not routes:
+            return answers, None
+        position = {row: place for place, (row, _) in enumerate(answered)}
+        return answers, Route.concatenate(routes)[[position[row] for row in range(len(answers))]]
+
+    def _answer_batch(self, rows: list[int]) -> tuple[list[str], Route | None]:
+        route = self._route(rows)
+        pictures = None if self.images is None else [self.dataset[row][self.images] for row in rows]
+        texts = self.generator.answers([self.texts[i] for i in rows], [self.prompts[i] for i in rows], pictures, route)
+        return texts, route
+
+    def _route(self, rows: list[int]) -> Route | None:
+        """The dispatcher is asked about each prompt of a batch once, however many samples it has there."""
+        if self.dispatcher is None:
+            return None
+        asked = list(dict.fromkeys(rows))
+        # What a dispatcher caches must serve it outside of this evaluation, too
+        with torch.inference_mode(False), torch.no_grad():
+            route = self.dispatcher.route([self.prompts[row] for row in asked])
+        if len(route) != len(asked):
+            raise ValueError(f"The dispatcher was given {len(asked)} prompts and routed {len(route)}.")
+        return route[[asked.index(row) for row in rows]]
+
+
+def _judge(
+    task: Task, dataset: Dataset, answers: list[list[str]], batch_size: int, processes: Processes
+) -> Evaluation:
+    """What the reward says; each process judges the answers to every `count`-th row."""
+    own = range(processes.index, len(dataset), processes.count)
+    samples = len(answers[0])
+    part = Evaluation([], [], [], samples)
+    if len(own):
+        chosen = [answers[row] for row in own]
+        rows = dataset if processes.count == 1 else dataset.select(own)
+        rewards, reasons = judge_answers(task.reward, rows, chosen, batch_size)
+        part = Evaluation([text for of_prompt in chosen for text in of_prompt], rewards, reasons, samples)
+    return Evaluation.interleaved(processes.gather([part]))
 
 
 def evaluate_success(
@@ -193,3 +284,18 @@ def _check_arguments(dataset: Dataset, batch_size: int, temperature: float, samp
         raise ValueError(f"`temperature` is 0 (greedy) or positive, not {temperature}.")
     if samples > 1 and temperature == 0:
         raise ValueError(f"Greedy answers to one prompt are all the same: set a `temperature` for {samples} samples.")
+
+
+def _check_dispatcher(model: Any, dispatcher: Dispatcher | None, dataset: Dataset) -> ExpertBank | None:
+    """The bank, if that is the model; raises if bank, dispatcher and rows do not belong together."""
+    bank = model if isinstance(model, ExpertBank) else None
+    if dispatcher is None:
+        if bank is not None:
+            raise ValueError(
+                "A bank is evaluated under a `dispatcher`: pass one, or `bank.model` within `bank.routed(expert)`."
+            )
+        return None
+    if bank is None:
+        raise ValueError("A `dispatcher` routes to the experts of a bank: pass the `ExpertBank` as the model.")
+    refuse_adaptation_examples(dataset, getattr(dispatcher, "example_hashes", ()), "The dispatcher")
+    return bank

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft_svf import __version__
+from peft_svf.cli.argument_types import DefaultsFormatter, positive
+from peft_svf.cli.routing_arguments import add_adapt, add_generate, add_route
 from peft_svf.experts import ExpertBankError
 
 
@@ -32,6 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_train(commands)
     add_evaluate(commands)
+    add_generate(commands)
+    add_adapt(commands)
+    add_route(commands)
     add_demo(commands)
     add_cache(commands)
     return parser
@@ -124,19 +129,3 @@ def run_cache(arguments: argparse.Namespace) -> None:
     from peft_svf.cli import cache
 
     {"list": cache.run_list, "clear": cache.run_clear}[arguments.action]()
-
-
-class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that say something: not None, not False and not an empty list."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = action.default is None or action.default is False or action.default == []
-        return action.help if says_nothing else super()._get_help_string(action)
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

@@ -25,12 +25,12 @@ class Question:
 
     Args:
         prompt (`str` or `list[dict]`): A text, or a chat that ends with what the user asks.
-        expert (`str`, *optional*): The expert that a row of a file asks for.
+        expert (`str` or `dict[str, float]`, *optional*): The expert or the mixture that a row of a file asks for.
         label (`str`, *optional*): The label that a row of a file gives it.
     """
 
     prompt: Prompt
-    expert: str | None = None
+    expert: str | dict[str, float] | None = None
     label: str | None = None
 
     @property
@@ -101,7 +101,10 @@ def _question(row: dict[str, Any], where: str) -> Question:
         raise ValueError(
             f"`{column}` in {where} must be a text that is not empty, or a list of messages with `role` and `content`"
         )
-    return Question(prompt, _word(row, "expert", where), _word(row, "label", where))
+    expert = row.get("expert")
+    return Question(
+        prompt, expert if isinstance(expert, dict) else _word(row, "expert", where), _word(row, "label", where)
+    )
 
 
 def _word(row: dict[str, Any], column: str, where: str) -> str | None:

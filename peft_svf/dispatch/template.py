@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from peft_svf.dispatch.locking import PicklableLock
 from peft_svf.experts.bank import BASE_LABEL, ExpertEntry
 
 
@@ -38,13 +40,18 @@ class RoutingTemplate:
     With a chat template the instruction is the system message (in front of the user message where the template has no
     system role) and the label is what the assistant says. Without one it is plain text that ends in "Category:".
 
+    Several threads may use one template: it has a copy of the tokenizer to itself, behind a lock. A fast tokenizer
+    keeps padding and truncation as its own settings from call to call, so a thread that truncates changes the tokens
+    that another one gets, or both fail with "Already borrowed".
+
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the model that classifies.
         instruction (`str`): what to do and which labels there are.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, instruction: str) -> None:
-        self.tokenizer = tokenizer
+        self._lock = PicklableLock()
+        self.tokenizer = copy.deepcopy(tokenizer)
         self.instruction = instruction
         self.is_chat = tokenizer.chat_template is not None
         self._system_role = self.is_chat and self._has_system_role()
@@ -75,7 +82,7 @@ class RoutingTemplate:
         if len(whole) > len(head) and whole[: len(head)] == head:
             return whole[len(head) :]
         # the tokenizer merges the border: the label on its own
-        return list(self.tokenizer(label, add_special_tokens=False)["input_ids"])
+        return self._tokenize(label, special=False)
 
     def prefix_ids(self) -> list[int]:
         """The longest token prefix that rendered prompts share, safe against merges at the border to the prompt."""
@@ -88,9 +95,13 @@ class RoutingTemplate:
         return prefix
 
     def _encode(self, text: str) -> list[int]:
-        ids = list(self.tokenizer(text, add_special_tokens=not self.is_chat)["input_ids"])
+        ids = self._tokenize(text, special=not self.is_chat)
         # some tokenizers close every text; the label is to follow
         return ids[:-1] if not self.is_chat and ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
+        with self._lock:
+            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def _has_system_role(self) -> bool:
         messages = [{"role": "system", "content": self.instruction}, {"role": "user", "content": "a"}]

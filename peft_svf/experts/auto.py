@@ -12,18 +12,29 @@ from peft_svf.experts.bank import MODEL_TYPE, ExpertBank
 
 
 class Transformer2Config(PreTrainedConfig):
-    """
-    A bank's config.json as transformers reads it: base_model_name_or_path, base_revision, experts, instruction.
-
-    `custom_pipelines` is dropped: it is for readers without peft_svf, and where it is present `pipeline()` asks for
-    `trust_remote_code=True` although the pipeline is registered here.
-    """
+    """A bank's config.json as transformers reads it: base_model_name_or_path, base_revision, experts, instruction."""
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return super().from_dict({k: v for k, v in config_dict.items() if k != "custom_pipelines"}, **kwargs)
+        pipelines = _TaskNames(config_dict.get("custom_pipelines", {}))
+        return super().from_dict({**config_dict, "custom_pipelines": pipelines}, **kwargs)
+
+
+class _TaskNames(dict):
+    """
+    The `custom_pipelines` of a bank, for a process in which its pipelines are registered.
+
+    `pipeline()` reads the task from the keys, if none was given. Then it asks whether the task is among them, and if
+    so wants `trust_remote_code=True` and takes the pipeline from the code in the folder. Here the answer is no.
+    """
+
+    def __contains__(self, task: object) -> bool:
+        return False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _TaskNames:
+        return _TaskNames(self)
 
 
 class Transformer2ForCausalLM:
@@ -50,3 +61,7 @@ class Transformer2ForCausalLM:
         bank = ExpertBank.from_pretrained(pretrained_model_name_or_path, revision=revision, **kwargs)
         bank.model.expert_bank = bank
         return bank.model
+
+
+class Transformer2ForImageTextToText(Transformer2ForCausalLM):
+    """The same for banks of vision-language models and `AutoModelForImageTextToText`."""

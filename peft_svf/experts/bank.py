@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from peft_svf.experts.files import make_readable, replaced_folder
+from peft_svf.experts.bank_config import (
+    BASE_FOLDER,
+    BASE_LABEL,
+    MODEL_TYPE,
+    BankConfig,
+    ExpertBankError,
+    ExpertEntry,
+    check_entries,
+    check_replaceable,
+)
+from peft_svf.experts.bank_loading import bank_folder, expert_folder, load_base, load_expert, processing_of
+from peft_svf.experts.bank_saving import save_bank
 from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.mixed_batch import MixedBatch
 
 
-MODEL_TYPE = "transformer2"
-BASE_LABEL = "others"  # what unsure and foreign prompts get: the base model
-BASE_FOLDER = "base"
+__all__ = [
+    "BASE_FOLDER",
+    "BASE_LABEL",
+    "MODEL_TYPE",
+    "ExpertBank",
+    "ExpertBankError",
+    "ExpertEntry",
+    "RouteWeights",
+    "check_replaceable",
+]
+
 _LAYER = re.compile(r".*?\.\d+(?=\.)")  # of a module's name, up to the number of its layer
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")  # a folder name and a PyTorch module name, never a path
 
 
 class RouteWeights(Protocol):
@@ -36,29 +52,6 @@ class RouteWeights(Protocol):
     residual: bool
 
 
-class ExpertBankError(Exception):
-    """
-    A folder or model that cannot serve as a bank.
-
-    Deliberately not a `ValueError`: `transformers.pipeline` catches OSError, ValueError, TypeError and RuntimeError
-    while it loads a model, tries again in float32 and buries the message under two tracebacks.
-    """
-
-
-@dataclass(frozen=True)
-class ExpertEntry:
-    """
-    What a dispatcher knows of one expert.
-
-    Args:
-        label (`str`): the word the dispatcher scores for this expert, unique in the bank.
-        description (`str`, *optional*, defaults to `""`): which prompts the expert is for, one line.
-    """
-
-    label: str
-    description: str = ""
-
-
 class ExpertBank:
     """
     Named experts (PEFT adapters of type SVF) on one base model.
@@ -67,7 +60,8 @@ class ExpertBank:
         model (`PeftModel` or `PreTrainedModel`):
             The base model with its experts as adapters; switched to eval mode. A plain model is a bank without
             experts: every prompt gets the base model.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): defaults to the tokenizer of the base model's checkpoint.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
+            The tokenizer, or the processor of a vision-language model; by default that of the base model's checkpoint.
         experts (`Mapping[str, ExpertEntry]`, *optional*):
             Adapter name to entry. By default every SVF adapter is an expert whose label is its name.
         instruction (`str`, *optional*):
@@ -75,6 +69,7 @@ class ExpertBank:
         base_revision (`str`, *optional*): Hub revision of the base model, stored with the bank.
         classifier (`str`, *optional*):
             The adapter that classifies prompts (strategy B of Transformer²). It answers none, so it is no expert.
+        dispatcher_options (`Mapping[str, Any]`, *optional*): how a pipeline that was saved as this bank chose experts.
 
     Raises:
         ExpertBankError: no SVF adapter, an unknown adapter, or a name or label that is reserved or used twice.
@@ -83,25 +78,31 @@ class ExpertBank:
     def __init__(
         self,
         model: PeftModel | PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         experts: Mapping[str, ExpertEntry] | None = None,
         instruction: str | None = None,
         base_revision: str | None = None,
         classifier: str | None = None,
+        dispatcher_options: Mapping[str, Any] | None = None,
     ) -> None:
         adapters = _svf_adapters(model)
         if experts is None:
             experts = {name: ExpertEntry(name) for name in adapters if name != classifier}
         self.experts = dict(experts)
         self.classifier = classifier
-        _check_entries(self.experts)
+        check_entries(self.experts, classifier)
         for name in [*self.experts, *([] if classifier is None else [classifier])]:
             if name not in adapters:
                 raise ExpertBankError(f"Expert '{name}' is no SVF adapter of the model, which has {adapters}.")
         self.model = model.eval()  # PEFT refuses mixed batches in training mode
-        self.tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model)
+        processing: Any = processing_of(model) if tokenizer is None else tokenizer
+        self.processor: ProcessorMixin | None = processing if isinstance(processing, ProcessorMixin) else None
+        self.tokenizer: PreTrainedTokenizerBase = processing if self.processor is None else processing.tokenizer
+        if self.processor is not None and self.tokenizer.chat_template is None:
+            self.tokenizer.chat_template = self.processor.chat_template  # as it is when both are loaded again
         self.instruction = instruction
         self.base_revision = base_revision
+        self.dispatcher_options = dispatcher_options
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -189,211 +190,154 @@ class ExpertBank:
             folder_or_id (`str` or `Path`): a folder written by `save_pretrained`, or a Hub id.
             revision (`str`, *optional*): branch, tag or commit of the bank, for a Hub id.
             token (`str`, *optional*): Hub token.
-            model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` for the base model (dtype, device_map, ...).
+            model_kwargs: passed to the `from_pretrained` of the base model (dtype, device_map, ...).
 
         Raises:
             ExpertBankError: the folder is missing, is no bank, has no experts or a broken config.json, an expert is
                 missing, is not SVF, or was trained on another base model.
         """
-        folder = _local_folder(folder_or_id, revision, token)
-        config = read_bank_config(folder)
-        base = _resolve_base(folder, config["base_model_name_or_path"])
-        hub = {} if Path(base).is_dir() else {"revision": config.get("base_revision"), "token": token}
-        try:
-            model = AutoModelForCausalLM.from_pretrained(base, **hub, **model_kwargs)
-            tokenizer = AutoTokenizer.from_pretrained(base, **hub)
-        except (OSError, SafetensorError) as error:
-            raise ExpertBankError(f"The bank {folder} cannot load its base model {base!r}: {error}") from error
-        for name in config["experts"]:
-            model = _load_expert(model, folder, name)
-        experts = {
-            name: ExpertEntry(entry["label"], entry.get("description", ""))
-            for name, entry in config["experts"].items()
-        }
-        return cls(model, tokenizer, experts, config.get("instruction"), config.get("base_revision"))
+        folder = bank_folder(folder_or_id, revision, token)
+        config = BankConfig.read(folder)
+        model, processing = load_base(folder, config, token, model_kwargs)
+        for name in config.adapters:
+            model = load_expert(model, folder / name, name, f"the bank {folder}")
+        return cls(
+            model,
+            processing,
+            config.experts,
+            config.instruction,
+            config.base_revision,
+            config.classifier,
+            config.dispatcher,
+        )
 
     def save_pretrained(self, folder: str | Path, include_base: bool = False) -> Path:
         """
-        Write the bank as a folder that `ExpertBank.from_pretrained` and `pipeline("transformer2-generation")` load.
+        Write the bank as a folder that `ExpertBank.from_pretrained` and `transformers.pipeline(model=folder)` load.
 
         The folder appears at once and complete: everything is written to a sibling folder first. An existing bank is
-        replaced; any other folder with content is refused.
+        replaced; any other folder with content is refused. With `trust_remote_code=True`, the pipeline also loads in a
+        process that has not imported peft_svf.
 
         Args:
             folder (`str` or `Path`): where to write.
             include_base (`bool`, *optional*, defaults to `False`):
-                Also write base model and tokenizer (`<folder>/base`). Otherwise the bank refers to the checkpoint that
-                the base model was loaded from.
+                Also write the base model (`<folder>/base`). Otherwise the bank refers to the checkpoint that the base
+                model was loaded from.
 
         Raises:
             ExpertBankError: nothing to save, a merged expert, or a base model without a checkpoint to refer to.
         """
-        target = Path(folder).absolute()
-        if not self.experts:
-            raise ExpertBankError("The bank has no experts to save; add an SVF adapter to its model first.")
-        if self.model.get_model_status().merged_adapters:
-            raise ExpertBankError("An expert is merged into the base model; call unmerge_adapter() before saving.")
-        check_replaceable(target)
-        base = BASE_FOLDER if include_base else self._base_reference(target)
-        with replaced_folder(target) as staging:
-            for name in self.experts:
-                self._save_expert(staging, name, base)
-            if include_base:
-                self._save_base(staging / BASE_FOLDER)
-            config = {
-                "model_type": MODEL_TYPE,
-                "architectures": ["Transformer2ForCausalLM"],
-                "base_model_name_or_path": base,
-                "base_revision": None if include_base else self.base_revision,
-                "experts": {
-                    name: {"label": entry.label, "description": entry.description}
-                    for name, entry in self.experts.items()
-                },
-                "instruction": self.instruction,
-            }
-            (staging / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            make_readable(staging)
-        return target
+        return save_bank(self, folder, include_base)
 
-    def _base_reference(self, target: Path) -> str:
-        base = str(self.base_model.config._name_or_path)
-        remedy = "pass include_base=True to store the base model in the bank."
-        if not base:
-            raise ExpertBankError(f"The base model was not loaded from a checkpoint; {remedy}")
-        path = Path(base).absolute()
-        if path.is_relative_to(target):
-            raise ExpertBankError(f"The base model lies inside {target}, which would be replaced; {remedy}")
-        return str(path) if path.is_dir() else base
+    def add(
+        self,
+        name: str,
+        source: str | Path | None = None,
+        label: str | None = None,
+        description: str = "",
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> None:
+        """
+        Add an expert; dispatchers and pipelines of this bank know it from their next call on.
 
-    def _save_expert(self, staging: Path, name: str, base: str) -> None:
-        # PEFT writes the adapter "default" at the root of the folder it is given and every other in a subfolder
-        root = staging / name if name == "default" else staging
-        self.model.save_pretrained(root, selected_adapters=[name], save_embedding_layers=False)
-        (root / "README.md").unlink()  # PEFT's stock card
-        path = staging / name / "adapter_config.json"
-        config = json.loads(path.read_text("utf-8"))
-        config["base_model_name_or_path"] = base
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        Not while another thread computes with the bank. On an error, the bank is as it was.
 
-    def _save_base(self, folder: Path) -> None:
-        """Write the base checkpoint with the parameter names it had before the adapters were injected."""
-        model = self.base_model
-        state = {}
-        for key, tensor in model.state_dict().items():
-            if ".svf_" not in key:
-                state[key.replace(".base_layer.", ".")] = tensor
-        model.save_pretrained(folder, state_dict=state)
-        self.tokenizer.save_pretrained(folder)
+        Args:
+            name (`str`): of the expert, and of its folder when the bank is saved.
+            source (`str` or `Path`, *optional*):
+                Folder or Hub id of a saved SVF adapter. By default the adapter called `name` that is in the model
+                already.
+            label (`str`, *optional*, defaults to `name`): the word that the dispatcher scores.
+            description (`str`, *optional*): which prompts it is for, one line.
+            revision, token (`str`, *optional*): for a Hub id.
 
+        Raises:
+            ExpertBankError: the name or label is reserved or taken, an expert is merged, there is no such adapter, it
+                is damaged, not SVF, or was trained on another base model.
+        """
+        if name in self.experts or name == self.classifier:
+            raise ExpertBankError(f"The bank has '{name}' already; remove it first, or choose another name.")
+        experts = {**self.experts, name: ExpertEntry(name if label is None else label, description)}
+        check_entries(experts, self.classifier)
+        self._load(name, source, revision, token)
+        self.experts = experts
 
-def check_replaceable(folder: Path) -> None:
-    """Raise an `ExpertBankError` if a bank saved to `folder` would replace something that is not a bank."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not _is_bank(folder))):
-        raise ExpertBankError(f"{folder} exists and is not a bank; choose a new folder.")
+    def add_classifier(
+        self,
+        name: str,
+        source: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> None:
+        """Add the adapter that classifies prompts; arguments and errors as for [`~ExpertBank.add`]."""
+        if self.classifier is not None:
+            raise ExpertBankError(f"The bank has a classifier, '{self.classifier}'; remove it first.")
+        check_entries(self.experts, name)
+        self._load(name, source, revision, token)
+        self.classifier = name
 
+    def remove(self, name: str) -> None:
+        """
+        Remove an expert, or the classifier, from the bank and its model.
 
-def read_bank_config(folder: Path) -> dict[str, Any]:
-    """Read and check `<folder>/config.json`; raises `ExpertBankError` that names the file and the fault."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ExpertBankError(f"{folder} is not a bank: it has no config.json. Write one with save_pretrained.")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ExpertBankError(f"{path} is not valid JSON ({error}); save the bank again.") from error
-    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
-        raise ExpertBankError(f'{folder} is not a bank: config.json does not say "model_type": "{MODEL_TYPE}".')
-    if not isinstance(config.get("base_model_name_or_path"), str):
-        raise ExpertBankError(f"{path} has no base_model_name_or_path (a string).")
-    experts = config.get("experts")
-    if not isinstance(experts, dict) or not experts:
-        raise ExpertBankError(f"{path} names no experts; a bank has at least one.")
-    for name, entry in experts.items():
-        values = [entry.get("label"), entry.get("description", "")] if isinstance(entry, dict) else [None]
-        if not all(isinstance(value, str) for value in values):
-            raise ExpertBankError(f"{path}: expert '{name}' needs a label and may have a description (both strings).")
-    if not isinstance(config.get("instruction"), str | None):
-        raise ExpertBankError(f"{path}: instruction must be a string or null.")
-    _check_entries({name: ExpertEntry(entry["label"]) for name, entry in experts.items()})
-    return config
+        Not while another thread computes with the bank.
 
+        Raises:
+            ExpertBankError: there is none of this name, or an expert is merged.
+        """
+        if name not in self.experts and name != self.classifier:
+            known = ", ".join(f"'{adapter}'" for adapter in [*self.experts, self.classifier] if adapter)
+            raise ExpertBankError(f"The bank has no '{name}' to remove; it has {known or 'no experts'}.")
+        self._refuse_merged()
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        with warnings.catch_warnings(action="ignore"):  # PEFT: another adapter is active now
+            self.model.delete_adapter(name)
+        for parameter, flag in flags:  # PEFT makes that one trainable
+            parameter.requires_grad_(flag)
+        if name == self.classifier:
+            self.classifier = None
+        self.experts = {expert: entry for expert, entry in self.experts.items() if expert != name}
 
-def _check_entries(experts: Mapping[str, ExpertEntry]) -> None:
-    labels = [entry.label for entry in experts.values()]
-    for name, entry in experts.items():
-        if not _NAME.fullmatch(name) or name in (BASE_LABEL, BASE_FOLDER):
+    def _load(self, name: str, source: str | Path | None, revision: str | None, token: str | None) -> None:
+        """Put the adapter `name` into the model, or make sure that it is there."""
+        self._refuse_merged()
+        adapters = _adapter_types(self.model)
+        if source is None:
+            if adapters.get(name) != "SVF":
+                raise ExpertBankError(
+                    f"'{name}' is no SVF adapter of the model, which has {adapters or 'none'}; pass its folder or "
+                    "Hub id."
+                )
+            return
+        if name in adapters:
             raise ExpertBankError(
-                f"'{name}' cannot name an expert: use letters, digits, _ and -, and neither '{BASE_LABEL}' nor "
-                f"'{BASE_FOLDER}', which mean the base model."
+                f"The model has an adapter '{name}' already: call add('{name}') without a source to use it, or "
+                "choose another name."
             )
-        if not entry.label.strip() or entry.label == BASE_LABEL or labels.count(entry.label) > 1:
+        folder = expert_folder(source, revision, token)
+        self.model = load_expert(self.model, folder, name, f"the folder {folder}").eval()
+
+    def _refuse_merged(self) -> None:
+        merged = self.model.get_model_status().merged_adapters if isinstance(self.model, PeftModel) else []
+        if merged:
             raise ExpertBankError(
-                f"Expert '{name}' has the label '{entry.label}'; a label is unique, not empty and not '{BASE_LABEL}'."
+                f"{', '.join(merged)} is merged into the base model; call bank.model.unmerge_adapter() first."
             )
+
+
+def _adapter_types(model: torch.nn.Module) -> dict[str, str]:
+    if not isinstance(model, PeftModel):
+        return {}
+    return {name: str(config.peft_type.value) for name, config in model.peft_config.items()}
 
 
 def _svf_adapters(model: torch.nn.Module) -> list[str]:
-    if not isinstance(model, PeftModel):
-        return []
-    types = {name: str(config.peft_type.value) for name, config in model.peft_config.items()}
+    types = _adapter_types(model)
     adapters = [name for name, kind in types.items() if kind == "SVF"]
-    if not adapters:
+    if isinstance(model, PeftModel) and not adapters:
         raise ExpertBankError(f"The PeftModel has no SVF adapter (it has {types}); train one with SVFConfig.")
     return adapters
-
-
-def _tokenizer_of(model: PeftModel | PreTrainedModel) -> PreTrainedTokenizerBase:
-    base = str(model.config._name_or_path)
-    try:
-        return AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise ExpertBankError(f"No tokenizer found with the base model ({base!r}); pass tokenizer=...") from error
-
-
-def _is_bank(folder: Path) -> bool:
-    try:
-        read_bank_config(folder)
-    except ExpertBankError:
-        return False
-    return True
-
-
-def _local_folder(folder_or_id: str | Path, revision: str | None, token: str | None) -> Path:
-    folder = Path(folder_or_id)
-    if folder.is_dir():
-        return folder.absolute()
-    if isinstance(folder_or_id, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_id):
-        raise ExpertBankError(f"There is no bank folder {folder_or_id} (and it is no Hub id, user/name).")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickles, no code
-    try:
-        return Path(snapshot_download(folder_or_id, revision=revision, token=token, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        message = f"{folder_or_id} is neither a folder here nor a bank that can be downloaded: {error}"
-        raise ExpertBankError(message) from error
-
-
-def _resolve_base(folder: Path, base: str) -> str:
-    """A base inside the bank folder (relative path) wins over a Hub id."""
-    inside = (folder / base).resolve()
-    return str(inside) if inside.is_dir() and inside.is_relative_to(folder.resolve()) else base
-
-
-def _load_expert(model: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:
-    path = folder / name
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (path / file).is_file():
-            raise ExpertBankError(f"The bank {folder} is incomplete: {name}/{file} is missing; save the bank again.")
-    try:
-        kind = json.loads((path / "adapter_config.json").read_text("utf-8"))["peft_type"]
-        if kind != "SVF":
-            raise ExpertBankError(
-                f"Expert '{name}' of the bank {folder} is of type {kind}; a bank holds SVF adapters."
-            )
-        if not isinstance(model, PeftModel):
-            return PeftModel.from_pretrained(model, str(path), adapter_name=name, is_trainable=False)
-        model.load_adapter(str(path), adapter_name=name, is_trainable=False)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ExpertBankError(f"Expert '{name}' of the bank {folder} cannot be loaded: {error}") from error
-    return model

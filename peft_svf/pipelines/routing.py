@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import Chat
 
-from peft_svf.dispatch import Dispatcher, PromptDispatcher
+from peft_svf.dispatch import Dispatcher, as_dispatcher
+from peft_svf.dispatch.route import MIXTURE, Prompt, Route
 from peft_svf.experts.bank import BASE_LABEL, ExpertBank
-from peft_svf.tuner.mixed_batch import BASE_MODEL
+from peft_svf.pipelines.requests import Pinned, Request, check_pinned, check_prompt, pinned_route, whole_batch
+from peft_svf.pipelines.wrapping import as_bank
+
+
+NAMELESS = "default"  # what PEFT calls an adapter that nobody named
 
 
 class RoutingMixin:
     """
-    First pass: the dispatcher chooses an expert for every prompt of a batch that is not pinned. Second pass: one
-    `generate` for the whole batch, each row under its own expert. The adapter state of the model is not touched.
+    First pass: the dispatcher chooses an expert or a mixture for every prompt of a batch that is not pinned. Second
+    pass: one `generate` for the whole batch, each row under its own weights. Nothing of the model is changed, and a
+    route belongs to the thread that runs the batch, so threads may share a pipeline.
 
-    Comes before the transformers pipeline in the bases of a class.
+    Comes before the transformers pipeline in the bases of a class. The `preprocess` of that pipeline has to return a
+    mapping; its `_forward` has to call `self.model.generate` once, with the rows of the batch in their order, and to
+    return a dict whose first value has one entry for each row (unbatching reads the batch size from it).
+
+    What a subclass may override:
+
+    - `_as_bank(model, tokenizer)`: the bank behind `model`.
+    - `_read_request(inputs)`: takes one input of a call apart into what is answered and what it is pinned to.
+    - `_preprocess_prompt(prompt, **kwargs)`: tokenizes the first of the two.
+    - `_question(prompt)`: the text or chat that the dispatcher is asked about.
     """
 
     _load_tokenizer = False  # the bank has it
@@ -30,138 +45,136 @@ class RoutingMixin:
         self,
         model: Any,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
-        dispatcher: Dispatcher | None = None,
+        dispatcher: Any = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(tokenizer, str):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        if dispatcher is not None and not isinstance(dispatcher, Dispatcher):
-            raise ValueError(
-                f"dispatcher must have a method route(prompts) -> Route; {type(dispatcher).__name__} has not."
-            )
-        self.bank = as_bank(model, tokenizer)
-        if self.bank.tokenizer.pad_token_id is None:
-            self.bank.tokenizer.pad_token = self.bank.tokenizer.eos_token
-        self.dispatcher: Dispatcher = dispatcher if dispatcher is not None else PromptDispatcher(self.bank)
+        self.bank = self._as_bank(model, tokenizer)
+        _give_pad_token(self.bank.tokenizer)
+        self.dispatcher: Dispatcher = self._as_dispatcher(dispatcher)
         super().__init__(model=self.bank.model, tokenizer=self.bank.tokenizer, **kwargs)  # type: ignore[call-arg]
+
+    def _as_bank(self, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> ExpertBank:
+        return as_bank(model, tokenizer)
+
+    def _as_dispatcher(self, dispatcher: Any) -> Dispatcher:
+        if dispatcher is None and list(self.bank.experts) == [NAMELESS]:
+            dispatcher = NAMELESS  # there is no label to choose by, and somebody asked for this adapter
+        return as_dispatcher(dispatcher, self.bank)
 
     def check_model_type(self, supported_models: Any) -> None:
         """Done before, by `as_bank`: transformers' own check knows neither PeftModel nor this task."""
 
-    def _sanitize_parameters(self, expert: str | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
+    def _sanitize_parameters(
+        self, expert: Any = None, return_seconds: bool | None = None, **kwargs: Any
+    ) -> tuple[dict, dict, dict]:
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)  # type: ignore[misc]
         if expert is not None:
-            preprocess["expert"] = self.bank.check_expert(expert)
+            preprocess["expert"] = check_pinned(self.bank, expert)
+        if return_seconds is not None:
+            forward["return_seconds"] = return_seconds
         return preprocess, forward, postprocess
 
-    def preprocess(self, inputs: Any, expert: str | None = None, **kwargs: Any) -> Any:
+    # ---------------------------------------------------------------- one prompt
+    def preprocess(self, inputs: Any, expert: Pinned | None = None, **kwargs: Any) -> Any:
         """Tokenize one prompt; `{"text" | "messages": ..., "expert": ...}` pins the expert of this prompt."""
-        if isinstance(inputs, Mapping):
-            if "text" not in inputs and "messages" not in inputs:
-                raise ValueError(f"A prompt given as a dict needs 'text' or 'messages'; it has {sorted(inputs)}.")
-            pinned = inputs.get("expert")
-            expert = expert if pinned is None else self.bank.check_expert(pinned)
-            inputs = inputs["messages"] if "messages" in inputs else inputs["text"]
-        prompt = check_prompt(inputs)
+        prompt, pinned = self._read_request(inputs)
+        pinned = expert if pinned is None else check_pinned(self.bank, pinned)
         model_inputs = self._preprocess_prompt(prompt, **kwargs)
-        model_inputs["expert"] = expert  # always there: a batch needs the same keys in every item
+        model_inputs["request"] = Request(prompt, pinned)  # in every item: a batch needs the same keys in all
         return model_inputs
 
-    def _preprocess_prompt(self, prompt: str | Chat, **kwargs: Any) -> Any:
+    def _read_request(self, inputs: Any) -> tuple[Any, Any]:
+        pinned = None
+        if isinstance(inputs, Mapping):
+            given = {key: value for key, value in inputs.items() if value is not None}  # datasets fill rows with None
+            if "text" not in given and "messages" not in given:
+                raise ValueError(f"A prompt given as a dict needs 'text' or 'messages'; it has {sorted(inputs)}.")
+            pinned = given.get("expert")
+            inputs = given["messages"] if "messages" in given else given["text"]
+        return check_prompt(inputs), pinned
+
+    def _preprocess_prompt(self, prompt: Any, **kwargs: Any) -> Any:
         return super().preprocess(prompt, **kwargs)  # type: ignore[misc]
 
-    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
-        prompts, pinned = model_inputs["prompt_text"], model_inputs.pop("expert")
-        batched = isinstance(prompts, list)  # batch_size 1 is not wrapped in a list
-        if not batched:
-            prompts, pinned = [prompts], [pinned]
-        names, scores = self._choose(prompts, pinned)
-        uses_experts = any(name != BASE_LABEL for name in names)
-        if uses_experts:
-            adapters = [BASE_MODEL if name == BASE_LABEL else name for name in names]
-            generate_kwargs["adapter_names"] = adapters
-        with nullcontext() if uses_experts else self.bank.base_only():
-            outputs = super()._forward(model_inputs, **generate_kwargs)  # type: ignore[misc]
-        # behind "generated_sequence": unbatching reads the batch size from the first key
-        outputs["expert"] = names if batched else names[0]
-        outputs["scores"] = scores if batched else scores[0]
+    # ---------------------------------------------------------------- one batch
+    def _forward(self, model_inputs: Any, return_seconds: bool = False, **generate_kwargs: Any) -> Any:
+        requests = model_inputs.pop("request")
+        batched = isinstance(requests, list)  # batch_size 1 is not wrapped in a list
+        rows = requests if batched else [requests]
+        times = [self._now(return_seconds)]
+        route = self._route(rows)
+        times.append(self._now(return_seconds))
+        outputs = self._second_pass(model_inputs, route, **generate_kwargs)
+        times.append(self._now(return_seconds))
+        adaptations = _adaptations(route)
+        if return_seconds:
+            seconds = {"first_pass_seconds": times[1] - times[0], "second_pass_seconds": times[2] - times[1]}
+            adaptations = [adaptation | seconds for adaptation in adaptations]
+        # behind what transformers returns: unbatching reads the batch size from the first key
+        outputs["adaptation"] = adaptations if batched else adaptations[0]
         return outputs
 
-    def _choose(self, prompts: list[Any], pinned: list[str | None]) -> tuple[list[str], list[dict | None]]:
-        """First pass: the expert of every row, and the scores of those that were not pinned."""
-        names = [name or BASE_LABEL for name in pinned]
-        scores: list[dict | None] = [None] * len(prompts)
-        open_rows = [row for row, name in enumerate(pinned) if name is None]
-        if open_rows:
-            asked = [prompts[row] for row in open_rows]
-            questions: list[Any] = [prompt.messages if isinstance(prompt, Chat) else prompt for prompt in asked]
-            route = self.dispatcher.route(questions)
-            if len(route) != len(open_rows):
-                raise ValueError(f"The dispatcher was given {len(open_rows)} prompts and routed {len(route)}.")
-            for row, name, row_scores in zip(open_rows, route.chosen(), route.scores, strict=True):
-                names[row], scores[row] = self.bank.check_expert(name), row_scores
-        return names, scores
+    def _second_pass(self, model_inputs: Any, route: Route, **generate_kwargs: Any) -> Any:
+        self.model = self.bank.model  # the first expert of a bank without experts makes it a PeftModel
+        with self.bank.routed(whole_batch(route)):
+            return super()._forward(model_inputs, **generate_kwargs)  # type: ignore[misc]
+
+    def _route(self, requests: list[Request]) -> Route:
+        """First pass: the dispatcher's route of the rows that are not pinned, put together with the others."""
+        open_rows = [row for row, request in enumerate(requests) if request.pinned is None]
+        fixed_rows = [row for row, request in enumerate(requests) if request.pinned is not None]
+        asked = self._ask([self._question(requests[row].prompt) for row in open_rows]) if open_rows else None
+        if not fixed_rows and asked is not None:
+            return asked
+        fixed = pinned_route(self.bank, [requests[row].pinned for row in fixed_rows], asked)  # type: ignore[misc]
+        if asked is None:
+            return fixed
+        order = [*open_rows, *fixed_rows]
+        return Route.concatenate([asked, fixed])[[order.index(row) for row in range(len(requests))]]
+
+    def _ask(self, questions: list[Prompt]) -> Route:
+        route = self.dispatcher.route(questions)
+        if len(route) != len(questions):
+            raise ValueError(f"The dispatcher was given {len(questions)} prompts and routed {len(route)}.")
+        used = route.weights.flatten(0, -2).any(0).tolist()  # (K,)
+        for name, is_used in zip(route.experts, used, strict=True):
+            if is_used:
+                self.bank.check_expert(name)
+        return route
+
+    def _question(self, prompt: Any) -> Prompt:
+        return prompt.messages if isinstance(prompt, Chat) else prompt
+
+    def _now(self, wanted: bool) -> float:
+        if not wanted:
+            return 0.0
+        device: torch.device = self.device  # type: ignore[attr-defined]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
     def postprocess(self, model_outputs: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        """transformers' records, each with `expert` (name or "others") and `scores` (None if pinned)."""
-        added = {"expert": model_outputs.pop("expert"), "scores": model_outputs.pop("scores")}
-        return [record | added for record in super().postprocess(model_outputs, **kwargs)]  # type: ignore[misc]
+        """transformers' records, each with what the first pass decided."""
+        adaptation = model_outputs.pop("adaptation")
+        return [record | adaptation for record in super().postprocess(model_outputs, **kwargs)]  # type: ignore[misc]
 
 
-def as_bank(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> ExpertBank:
-    """
-    The bank behind whatever a pipeline was given as its model.
-
-    Args:
-        model: a bank's folder or Hub id, an `ExpertBank`, a `PeftModel` with SVF adapters (each becomes an expert,
-            unless `AutoModelForCausalLM` loaded the model from a bank) or a causal language model.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): replaces the bank's.
-
-    Raises:
-        ValueError: not a causal language model.
-        ExpertBankError: not a bank.
-    """
-    if isinstance(model, str | Path):
-        model = ExpertBank.from_pretrained(model)
-    bank = model if isinstance(model, ExpertBank) else getattr(model, "expert_bank", None)
-    if bank is None:
-        _check_causal_lm(model)
-        return ExpertBank(model, tokenizer)
-    _check_causal_lm(bank.model)
-    if tokenizer is None:
-        return bank
-    return ExpertBank(bank.model, tokenizer, bank.experts, bank.instruction, bank.base_revision)
+def _adaptations(route: Route) -> list[dict[str, Any]]:
+    """What the records of each row say about its route."""
+    names = route.names() if route.experts else [BASE_LABEL] * len(route)
+    adaptations: list[dict[str, Any]] = [
+        {"expert": name, "scores": scores} for name, scores in zip(names, route.scores, strict=True)
+    ]
+    if MIXTURE in names:
+        for adaptation, name, weights in zip(adaptations, names, route.row_weights(), strict=True):
+            if name == MIXTURE:
+                adaptation["weights"] = weights
+    return adaptations
 
 
-def _check_causal_lm(model: Any) -> None:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    can_generate = hasattr(inner, "can_generate") and inner.can_generate()
-    if not can_generate or inner.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(inner).__name__} is not a causal language model; load the checkpoint with AutoModelForCausalLM."
-        )
-
-
-def check_prompt(prompt: Any) -> str | Chat:
-    """
-    Return `prompt` as text or `Chat`.
-
-    Raises:
-        ValueError: an empty text, an empty chat, an empty last user message.
-        TypeError: neither text nor chat.
-    """
-    if isinstance(prompt, list | tuple):
-        prompt = Chat(prompt)  # type: ignore[arg-type]
-    if isinstance(prompt, Chat):
-        if not prompt.messages:
-            raise ValueError("The chat is empty; give it at least one message with 'role' and 'content'.")
-        role, content = prompt.messages[-1]["role"], prompt.messages[-1]["content"]
-        empty = not content.strip() if isinstance(content, str) else not content  # a list of typed parts
-        if role == "user" and empty:
-            raise ValueError("The last message of the chat is empty; write the user's request into its 'content'.")
-        return prompt
-    if not isinstance(prompt, str):
-        raise TypeError(f"A prompt is a text or a chat (a list of messages), not {type(prompt).__name__}.")
-    if not prompt.strip():
-        raise ValueError("The prompt is empty; pass a text with at least one visible character.")
-    return prompt
+def _give_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Any token will do, batches hide it by the attention mask."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

@@ -8,6 +8,8 @@ from transformers import GenerationConfig, TextGenerationPipeline
 from transformers.pipelines.text_generation import ReturnType
 from transformers.utils.chat_template_utils import Chat
 
+from peft_svf.answering import answer_text, plain_prompt
+from peft_svf.pipelines.requests import check_inputs
 from peft_svf.pipelines.routing import RoutingMixin
 
 
@@ -68,19 +70,27 @@ class Transformer2Pipeline(RoutingMixin, TextGenerationPipeline):  # type: ignor
         Returns:
             A list of records for one prompt (one for each returned sequence), a list of such lists for several.
         """
-        if isinstance(text_inputs, list | tuple) and not text_inputs:
-            raise ValueError("There is nothing to answer: the list of prompts (or the chat) is empty.")
-        return super().__call__(text_inputs, **kwargs)
+        return super().__call__(check_inputs(text_inputs), **kwargs)
 
     def _preprocess_prompt(self, prompt: str | Chat, **kwargs: Any) -> Any:
-        if isinstance(prompt, str) and self.bank.tokenizer.chat_template is not None:
-            chat = Chat([{"role": "user", "content": prompt}])  # type: ignore[arg-type]
-            model_inputs = super()._preprocess_prompt(chat, **kwargs)
-            model_inputs["prompt_text"] = prompt
-        else:
-            model_inputs = super()._preprocess_prompt(prompt, **kwargs)
+        continues = kwargs.get("continue_final_message")
+        model_inputs = super()._preprocess_prompt(self._as_model_reads(prompt, continues), **kwargs)
+        model_inputs["prompt_text"] = prompt
         self._check_context(model_inputs["input_ids"].shape[-1], kwargs)
         return model_inputs
+
+    def _as_model_reads(self, prompt: str | Chat, continues: bool | None) -> str | Chat:
+        """With a chat template a text is one user message; without one a chat is a text."""
+        has_template = self.bank.tokenizer.chat_template is not None
+        if isinstance(prompt, str):
+            return Chat([{"role": "user", "content": prompt}]) if has_template else prompt  # type: ignore[arg-type]
+        if has_template:
+            return prompt
+        messages = list(prompt.messages)
+        if not (messages[-1]["role"] == "assistant" if continues is None else continues):
+            return plain_prompt(messages)
+        begun = answer_text(messages[-1:])
+        return plain_prompt(messages[:-1]) + begun if messages[1:] else begun
 
     @property
     def _context_length(self) -> int | None:

@@ -8,12 +8,16 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from peft_svf.dispatch.label_scoring import LabelScorer
@@ -40,7 +44,7 @@ def brute_force(scorer: LabelScorer, prompts: list[str]) -> torch.Tensor:
 
 
 def scorer_is_cached(scorer: LabelScorer) -> bool:
-    return scorer._cache is not None
+    return scorer.use_cache and scorer._cache.get() is not None
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -70,6 +74,7 @@ def test_a_second_batch_gives_the_same_scores(tiny_llama, character_tokenizer, l
 
 
 SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @pytest.mark.parametrize(
@@ -78,15 +83,31 @@ SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2}
         (GPT2LMHeadModel, GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2, n_positions=256), True),
         (
             MistralForCausalLM,
-            MistralConfig(
-                **SMALL, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, sliding_window=16
-            ),
+            MistralConfig(**SMALL, **HEADS, sliding_window=16),
             False,
         ),
+        # the instruction takes 84 tokens, the prompts between 97 and 144
+        (MistralForCausalLM, MistralConfig(**SMALL, **HEADS, sliding_window=400), True),
+        (MistralForCausalLM, MistralConfig(**SMALL, **HEADS, sliding_window=130), True),
+        (
+            Qwen2ForCausalLM,
+            Qwen2Config(**SMALL, **HEADS, use_sliding_window=True, sliding_window=24, max_window_layers=1),
+            False,
+        ),
+        (Gemma3ForCausalLM, Gemma3TextConfig(**SMALL, **HEADS, head_dim=8, sliding_window=400), True),
         (BloomForCausalLM, BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=4), False),
         (MambaForCausalLM, MambaConfig(**SMALL, state_size=4), False),
     ],
-    ids=["learned-positions", "sliding-window", "alibi", "state-space"],
+    ids=[
+        "learned-positions",
+        "sliding-window",
+        "window-beyond-prompts",
+        "window-beyond-some-prompts",
+        "some-layers-sliding",
+        "sliding-and-full-layers",
+        "alibi",
+        "state-space",
+    ],
 )
 def test_other_architectures_fall_back_where_the_cache_does_not_work(character_tokenizer, model_class, config, cached):
     torch.manual_seed(0)
@@ -106,8 +127,9 @@ def test_prompts_that_break_the_prefix_are_scored_plainly_beside_cached_ones(tin
         LABELS,
     )
     expected = brute_force(scorer, PROMPTS)
-    scorer._cache_agrees = lambda: True  # its probes do not have this prefix either
-    scorer.prefix = scorer.template.encode("What")[: len(scorer.prefix) + 3]  # now only "Wha…" has it
+    longer = scorer.template.encode("What")[: len(scorer.prefix) + 3]  # only "Wha…" has it
+    scorer.prefix = scorer._cache.tokens = longer
+    scorer._cache._error = lambda cache: 0.0  # the probes of the trial do not have this prefix either
     torch.testing.assert_close(scorer(PROMPTS), expected, atol=1e-4, rtol=0)
     assert scorer_is_cached(scorer)
 

@@ -54,16 +54,6 @@ def test_the_active_adapter_and_trainability_survive_routing(bank):
     assert not any(flag for name, flag in before if "svf_offset" in name)
 
 
-def test_a_margin_above_the_lead_sends_the_prompt_to_the_base_model(bank):
-    dispatcher = PromptDispatcher(bank)
-    dispatcher.scorer = lambda texts: torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.7, 0.1], [0.1, 0.1, 0.8]]).log()
-    assert dispatcher.route(PROMPTS).chosen() == ["math", "code", "others"]
-    dispatcher.margin = 0.3
-    assert dispatcher.route(PROMPTS).chosen() == ["others", "code", "others"]
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        PromptDispatcher(bank, margin=1.5)
-
-
 def test_a_chat_is_classified_by_its_last_user_message(bank):
     chat = [
         {"role": "user", "content": "x"},

@@ -1,0 +1,58 @@
+"""A mixture as an ordinary expert on disk: one adapter with the offsets that the mixture comes to."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_svf.dispatch.route import Route
+from peft_svf.experts.bank import ExpertBank
+from peft_svf.tuner.layer import SVFLayer
+from peft_svf.tuner.mixed_batch import MixedBatch
+
+
+@torch.no_grad()
+def save_mixture(bank: ExpertBank, route: Route, folder: Path) -> None:
+    """
+    Write what a route computes as an adapter of type SVF, exactly, for `PeftModel.from_pretrained(base, folder)`.
+
+    Args:
+        bank (`ExpertBank`): The bank of the route's experts; as it was before, afterwards.
+        route ([`Route`]): One row.
+        folder (`Path`): An existing folder; it gets `adapter_config.json` and `adapter_model.safetensors`.
+    """
+    batch = MixedBatch(route.experts, route.weights[:1], route.groups, route.residual, every_row=True)
+    surplus = route.weights[:1].sum(-1) - 1
+    moves_all = not route.residual and bool((surplus.abs() > 1e-6).any())  # components that no expert trains, too
+    name = f"mixture_{uuid.uuid4().hex}"
+    tuner: Any = bank.model.base_model
+    layers = [module for module in tuner.modules() if isinstance(module, SVFLayer)]
+    offsets = {layer: batch.offsets(layer) for layer in layers}
+    # Any mixture of the experts has the shapes; 2 is one of those that move all components
+    weights = [2.0 if moves_all else 1.0] + [0.0] * (len(route.experts) - 1)
+    tuner.add_weighted_adapter(list(route.experts), weights, name, residual=not moves_all)
+    try:
+        for layer, mixture in offsets.items():
+            if name in layer.svf_offset:
+                own = layer.svf_offset[name].get_parameter("weight").data.zero_()  # (..., k)
+                if mixture is not None:
+                    own[..., : mixture.shape[-1]] = mixture[0]
+        bank.model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+    finally:
+        bank.model.delete_adapter(name)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name / file).rename(folder / file)
+    (folder / name / "README.md").unlink(missing_ok=True)  # PEFT's stock card
+    (folder / name).rmdir()
+    _name_base(folder / "adapter_config.json", str(bank.base_model.config._name_or_path))
+
+
+def _name_base(path: Path, base: str) -> None:
+    """Let the config name the checkpoint that the base model was loaded from; PEFT kept what the expert's file said."""
+    config = json.loads(path.read_text("utf-8"))
+    config["base_model_name_or_path"] = str(Path(base).absolute()) if Path(base).is_dir() else base or None
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -1,0 +1,104 @@
+"""Pictures of what self-adaptation found: the confusion matrix of a dispatcher (matplotlib, optional extra `plots`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CELL_INCHES, MARGIN_INCHES, DPI = 0.85, 1.6, 120
+DARK = 0.55  # share from which a cell is so dark that its text must be white
+MOST_TEXTS = 25  # labels up to which the cells hold numbers that can be read
+
+
+def plot_confusion_matrix(
+    counts: Sequence[Sequence[int]],
+    true_labels: Sequence[str],
+    chosen_labels: Sequence[str],
+    path: str | os.PathLike[str],
+    title: str | None = None,
+) -> None:
+    """Save the picture of [`confusion_matrix_figure`].
+
+    Args:
+        counts, true_labels, chosen_labels, title:
+            As in [`confusion_matrix_figure`].
+        path (`str` or `os.PathLike`):
+            The file; its ending says in which format, e.g. `.png`. It is replaced as a whole or not at all.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If the counts do not fit the labels, or the format is unknown.
+    """
+    from peft_svf.trainers.files import replace_file
+
+    figure = confusion_matrix_figure(counts, true_labels, chosen_labels, title)
+    kind = Path(path).suffix.removeprefix(".") or "png"
+    replace_file(Path(path), lambda partial: figure.savefig(partial, format=kind))
+
+
+def confusion_matrix_figure(
+    counts: Sequence[Sequence[int]],
+    true_labels: Sequence[str],
+    chosen_labels: Sequence[str],
+    title: str | None = None,
+) -> Figure:
+    """
+    Draw how often a dispatcher gave prompts of each true label each label, as Figure 6 of Transformer²
+    (arXiv 2501.06252) does: a row is a true label, a column a chosen one, and the shares of a row sum to 1.
+
+    Args:
+        counts (`Sequence[Sequence[int]]` of shape `(T, C)`): Prompts by true and chosen label, from 0.
+        true_labels (`Sequence[str]`): The T names of the rows; one without prompts has no shares.
+        chosen_labels (`Sequence[str]`): The C names of the columns.
+        title (`str`, *optional*): Text above the picture.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If the counts do not fit the labels, or one is negative, or there is nothing counted.
+    """
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no global state, no display
+    except ImportError as error:
+        raise ImportError("A picture needs matplotlib: `pip install peft-svf[plots]`.") from error
+    shares = _row_shares(counts, true_labels, chosen_labels)
+    size = (MARGIN_INCHES + CELL_INCHES * len(chosen_labels), MARGIN_INCHES + CELL_INCHES * len(true_labels))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    axes.set_xticks(range(len(chosen_labels)), labels=[_plain(label) for label in chosen_labels], rotation=45)
+    axes.set_yticks(range(len(true_labels)), labels=[_plain(label) for label in true_labels])
+    axes.set_xlabel("chosen")
+    axes.set_ylabel("true")
+    if max(len(true_labels), len(chosen_labels)) <= MOST_TEXTS:
+        for i, row in enumerate(counts):
+            for j, count in enumerate(row):
+                color = "white" if shares[i][j] >= DARK else "black"
+                text = f"{shares[i][j]:.2f}\n({count})" if any(row) else "–"
+                axes.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
+    if title:
+        axes.set_title(_plain(title), fontsize=10)
+    return figure
+
+
+def _row_shares(
+    counts: Sequence[Sequence[int]], true_labels: Sequence[str], chosen_labels: Sequence[str]
+) -> list[list[float]]:
+    if len(counts) != len(true_labels) or any(len(row) != len(chosen_labels) for row in counts):
+        raise ValueError(
+            f"`counts` has {len(counts)} rows of {sorted({len(row) for row in counts})} columns, but there are "
+            f"{len(true_labels)} true and {len(chosen_labels)} chosen labels."
+        )
+    if any(count < 0 for row in counts for count in row) or not any(map(any, counts)):
+        raise ValueError("`counts` are numbers of prompts: none is negative, and at least one is positive.")
+    return [[count / (sum(row) or 1) for count in row] for row in counts]
+
+
+def _plain(text: str) -> str:
+    """Labels are shown as they are: matplotlib would read what stands between dollar signs as a formula."""
+    return text.replace("$", r"\$")

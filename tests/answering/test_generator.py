@@ -1,0 +1,152 @@
+"""Answers under a route: each row of a batch under its own weights, and what its tokens are worth to those weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from peft_svf import ExpertBank
+from peft_svf.answering import AnswerGenerator, ScoredAnswer
+from peft_svf.dispatch import Route
+from peft_svf.playground import BANK_FOLDER, generate_problems
+
+
+EXPERTS = ("math", "code", "reasoning")
+
+
+@pytest.fixture(scope="module")
+def bank() -> ExpertBank:
+    return ExpertBank.from_pretrained(BANK_FOLDER)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[dict[str, str]]]:
+    problems = [problem for family in EXPERTS for problem in generate_problems(family, "test", 3, 0)]
+    return [[{"role": "user", "content": problem.prompt}] for problem in problems]
+
+
+@pytest.fixture(scope="module")
+def route(bank: ExpertBank) -> Route:
+    """Nine rows of weights for each layer, free ones: their sums scale the singular values."""
+    groups = bank.layer_groups()
+    weights = torch.rand(9, len(groups), 3, generator=torch.Generator().manual_seed(0))
+    weights = weights / weights.sum(-1, keepdim=True) * torch.linspace(0.7, 1.4, 9)[:, None, None]
+    return Route(weights, EXPERTS, groups=groups, residual=False)
+
+
+def generator_of(bank: ExpertBank, temperature: float = 0.0) -> AnswerGenerator:
+    return AnswerGenerator(bank.model, bank.tokenizer, 26, temperature, {}, bank.routed)
+
+
+def merged(bank: ExpertBank, route: Route, row: int) -> torch.nn.Module:
+    """The base model in float64 with z' = Σ αₖ zₖ written into its weights, from an SVD of each."""
+    model = copy.deepcopy(bank.base_model).double()
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "svf_offset"):
+            continue
+        group = next(i for i, own in enumerate(route.groups) if name.startswith(f"{own}."))
+        alpha = route.weights[row, group].double()
+        u, s, vh = torch.linalg.svd(layer.base_layer.weight, full_matrices=False)
+        z = sum(a * (1 + layer.svf_offset[k].weight) for a, k in zip(alpha, route.experts, strict=True))
+        layer.base_layer.weight.data = (u * (s * z)) @ vh
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base_layer)
+    return model
+
+
+def answer(bank: ExpertBank, prompts: Any, route: Route | None, temperature: float = 0.0) -> list[ScoredAnswer]:
+    generator = generator_of(bank, temperature)
+    with torch.no_grad(), generator.ready(seed=1):
+        return generator.scored_answers([generator.render(prompt) for prompt in prompts], prompts, route=route)
+
+
+def likelihood(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Any, text: str) -> float:
+    """Σ log p of the answer and the end token after it, by one forward."""
+    start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+    new = tokenizer(text, add_special_tokens=False)["input_ids"]
+    new = [*new, tokenizer.eos_token_id] if len(new) < 26 else new
+    logits = model(input_ids=torch.tensor([[*start, *new]])).logits[0, len(start) - 1 : -1]
+    return float(logits.log_softmax(-1)[torch.arange(len(new)), torch.tensor(new)].sum())
+
+
+@torch.no_grad()
+def test_each_row_is_answered_and_scored_under_its_own_weights(
+    bank: ExpertBank, prompts: list[Any], route: Route
+) -> None:
+    found = answer(bank, prompts, route)
+    plain = answer(bank, prompts, None)
+    assert [own.text for own in found] != [own.text for own in plain]
+    for row, prompt in enumerate(prompts):
+        model = merged(bank, route, row)
+        ids = bank.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")
+        output = model.generate(**ids, max_new_tokens=26, do_sample=False)
+        text = bank.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert found[row].text == text
+        assert found[row].log_likelihood == pytest.approx(likelihood(model, bank.tokenizer, prompt, text), abs=1e-3)
+
+
+def test_likelihoods_are_those_of_the_model_and_not_of_the_temperature(bank: ExpertBank, prompts: list[Any]) -> None:
+    route = Route.one_hot(["math"] * len(prompts), EXPERTS)
+    sampled = answer(bank, prompts, route, temperature=0.7)
+    bank.model.set_adapter("math")
+    with torch.no_grad():
+        for prompt, (text, found) in zip(prompts, sampled, strict=True):
+            assert found == pytest.approx(likelihood(bank.model, bank.tokenizer, prompt, text), abs=1e-3)
+
+
+def test_halving_keeps_rows_and_routes_together(
+    bank: ExpertBank, prompts: list[Any], route: Route, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = answer(bank, prompts, route)
+    generate, sizes = bank.model.generate, []
+
+    def small_memory(input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        sizes.append(len(input_ids))
+        if len(input_ids) > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return generate(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(bank.model, "generate", small_memory)
+    generator = generator_of(bank)
+    with torch.no_grad(), generator.ready(seed=0):
+        found = generator.scored_answers([generator.render(prompt) for prompt in prompts], prompts, route=route)
+    assert sizes == [9, 4, 2, 2, 5, 2, 3]
+    assert generator.too_large == 4
+    assert [own.text for own in found] == [own.text for own in expected]
+    likelihoods = [own.log_likelihood for own in found]
+    assert likelihoods == pytest.approx([own.log_likelihood for own in expected], abs=1e-4)
+
+
+def test_one_prompt_under_many_routes_is_encoded_once(bank: ExpertBank, prompts: list[Any]) -> None:
+    generator = generator_of(bank)
+    tokenizer, encoded = generator.tokenizer, []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __call__(self, text: str, **kwargs: Any) -> Any:
+            encoded.append(text)
+            return tokenizer(text, **kwargs)
+
+    generator.tokenizer = Counting()
+    asked = [prompts[row] for row in (0, 1, 0, 0, 1)]
+    texts = [generator.render(prompt) for prompt in asked]
+    with torch.no_grad(), generator.ready(seed=0):
+        answers = generator.answers(texts, asked, route=Route.mixture({"math": 1.0}, rows=5))
+    assert sorted(encoded) == sorted({text for text, _ in texts})
+    assert answers[0] == answers[2] == answers[3] and answers[1] == answers[4] != answers[0]
+
+
+def test_a_route_that_does_not_fit_is_refused(bank: ExpertBank, prompts: list[Any]) -> None:
+    generator = generator_of(bank)
+    texts = [generator.render(prompt) for prompt in prompts]
+    with pytest.raises(ValueError, match="route has 2 rows, but there are 9 prompts"):
+        generator.answers(texts, prompts, route=Route.mixture({"math": 1.0}, rows=2))
+    generator.routed = None
+    with pytest.raises(ValueError, match=r"pass `routed=bank.routed`"):
+        generator.answers(texts, prompts, route=Route.mixture({"math": 1.0}, rows=9))
