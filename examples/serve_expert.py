@@ -71,7 +71,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make an expert ready for an OpenAI-compatible server.")
-    parser.add_argument("--model", default=str(BANK_FOLDER), help="bank, or base model of --adapter (the playground's)")
+    parser.add_argument("--model", default=str(BANK_FOLDER), help="bank, or base model of --adapter (playground)")
     parser.add_argument("--expert", help="name of an expert of the bank (its first)")
     parser.add_argument("--adapter", help="an expert outside of a bank: a folder or an id on the Hub")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")

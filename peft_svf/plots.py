@@ -1,4 +1,4 @@
-"""Pictures of what self-adaptation found: the confusion matrix of a dispatcher (matplotlib, optional extra `plots`)."""
+"""Pictures of what self-adaptation does: the confusion matrix of a dispatcher (needs the optional extra `plots`)."""
 
 from __future__ import annotations
 

@@ -11,6 +11,10 @@ from peft_svf.cli.terminal import table, visible
 from peft_svf.trainers.statistics import wilson_interval
 
 
+MOST_COLUMNS = 12  # labels up to which a terminal has room for the whole matrix
+MOST_ROWS = 20
+
+
 @dataclass(frozen=True)
 class ConfusionMatrix:
     """
@@ -58,11 +62,22 @@ class ConfusionMatrix:
 
     def text(self) -> str:
         """A table: a row for each true label, how many got which label, and the share that got their own."""
+        if len(self.labels) > MOST_COLUMNS:
+            return self._most_frequent_confusions()
         lines = [["true \\ chosen", *map(visible, self.labels), "right [95 % interval]"]]
         for label, row in zip(self.rows, self.counts, strict=True):
             right = row[self.labels.index(label)]
             lines.append([visible(label), *map(str, row), _format(right, sum(row))])
         return table(lines, right=range(1, len(self.labels) + 1))
+
+    def _most_frequent_confusions(self) -> str:
+        """For more labels than a terminal has room for."""
+        wrong = Counter(pair for pair in zip(self.true, self.chosen, strict=True) if pair[0] != pair[1])
+        if not wrong:
+            return "No prompt got another label than its own"
+        rows = [("true", "chosen", "prompts")]
+        rows += [(visible(true), visible(chosen), str(n)) for (true, chosen), n in wrong.most_common(MOST_ROWS)]
+        return table(rows, right=(2,))
 
     def as_json(self) -> dict[str, Any]:
         """For the JSON file."""

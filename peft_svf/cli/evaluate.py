@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 
@@ -21,6 +20,7 @@ from peft_svf.cli import results
 from peft_svf.cli.data import find_task, parse_data_files
 from peft_svf.cli.models import BaseModel, check_adapter, for_rows
 from peft_svf.cli.run_folder import write_json
+from peft_svf.dispatch.few_shot.examples import refuse_adaptation_examples, saved_hashes
 from peft_svf.trainers.evaluation import Evaluation, evaluate
 from peft_svf.trainers.tasks import Task
 
@@ -56,6 +56,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     rows = task.load(arguments.split, arguments.prompts, arguments.seed, data_files=files)
     if len(rows) < MIN_PROMPTS:
         raise ValueError(f"{task.name} has {len(rows)} prompt here: bring at least {MIN_PROMPTS}, for an interval")
+    for adapter in arguments.adapter:
+        refuse_adaptation_examples(rows, saved_hashes(adapter), adapter)
     state = PartialState(cpu=arguments.use_cpu)
     model, names = load_adapters(base, arguments.adapter, state)
     processor = for_rows(base.load_processor(), rows.column_names)
@@ -116,25 +118,21 @@ def evaluate_all(
     chat_template_kwargs: Mapping[str, Any],
 ) -> dict[str, Evaluation]:
     """The base model under the name `base`, then every adapter; processes share the rows."""
-    state = PartialState()
-    own_rows = rows.select(range(state.process_index, len(rows), state.num_processes))
 
     def of(name: str) -> Evaluation:
-        own = Evaluation([], [], [], arguments.samples)
-        if len(own_rows):
-            own = evaluate(
-                model,
-                processor,
-                task,
-                own_rows,
-                arguments.batch_size,
-                temperature=arguments.temperature,
-                samples=arguments.samples,
-                seed=arguments.seed + state.process_index,
-                chat_template_kwargs=chat_template_kwargs,
-                description=f"evaluating {name}" if state.is_main_process else None,
-            )
-        return Evaluation.interleaved(gather_object([own]))
+        return evaluate(
+            model,
+            processor,
+            task,
+            rows,
+            arguments.batch_size,
+            temperature=arguments.temperature,
+            samples=arguments.samples,
+            seed=arguments.seed,
+            chat_template_kwargs=chat_template_kwargs,
+            description=f"evaluating {name}" if PartialState().is_main_process else None,
+            split_over_processes=True,
+        )
 
     if not names:
         return {"base": of("base")}

@@ -139,7 +139,7 @@ class VisibleStreamer(TextStreamer):
     """Prints an answer while it is generated; whatever the terminal would act on is shown, not obeyed."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by `TextStreamer` with each piece of the answer."""

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 
 from peft_svf.cli import results
 from peft_svf.cli.banks import load_bank
-from peft_svf.cli.confusion import ConfusionMatrix, check_labels
+from peft_svf.cli.confusion import MOST_COLUMNS, ConfusionMatrix, check_labels
 from peft_svf.cli.dispatchers import build_dispatcher, dispatcher_kind
 from peft_svf.cli.output_files import check_output_file
 from peft_svf.cli.questions import Question, read_questions
@@ -124,7 +124,7 @@ def report(
     if matrix is None:
         print(scores_table(questions, decisions))
         return
-    print(f"Accuracy {matrix.summary()} [95 % interval]")
+    print(f"Right [95 % interval]: {matrix.summary()}")
     print(matrix.text())
     order = sorted(range(len(questions)), key=lambda i: decisions[i].lead)[: arguments.unsure]
     print("\nLeast certain prompts")
@@ -134,16 +134,21 @@ def report(
 def scores_table(
     questions: Sequence[Question], decisions: Sequence[Decision], true: Sequence[str] | None = None
 ) -> str:
-    """A row for each prompt: what it got (and has, if known), and the probability of every label."""
+    """A row for each prompt: what it got (and has, if known), and the probability of every label or the best ones."""
     labels = list(decisions[0].scores)
-    header = ["prompt", *([] if true is None else ["true"]), "chosen", *map(visible, labels)]
+    is_wide = len(labels) > MOST_COLUMNS
+    columns = ["most probable"] if is_wide else ["lead", *map(visible, labels)]
+    header = ["prompt", *([] if true is None else ["true"]), "chosen", *columns]
     rows = [header]
     for i, (question, decision) in enumerate(zip(questions, decisions, strict=True)):
         known = [] if true is None else [visible(true[i])]
-        shown = [f"{decision.scores[label]:.3f}" for label in labels]
+        shown = [f"{value:.3f}" for value in (decision.lead, *(decision.scores[label] for label in labels))]
+        if is_wide:
+            best = sorted(decision.scores.items(), key=lambda item: -item[1])[:3]
+            shown = [", ".join(f"{visible(label)} {score:.3f}" for label, score in best)]
         rows.append([one_line(question.text), *known, visible(decision.chosen), *shown])
-    first = len(header) - len(labels)
-    return table(rows, right=range(first, len(header)))
+    first = len(header) - len(columns)
+    return table(rows, right=() if is_wide else range(first, len(header)))
 
 
 def write_files(

@@ -21,7 +21,7 @@ def add_generate(commands: Commands) -> None:
     add_bank(parser)
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--expert", metavar="NAME", help='expert of every prompt; "others" is the base model')
-    who.add_argument("--mix", type=mixture, metavar="NAME=WEIGHT,...", help="mixture of every prompt: math=0.7,code=0.3")
+    who.add_argument("--mix", type=mixture, metavar="NAME=WEIGHT,...", help="mixture, like math=0.7,code=0.3")
     add_dispatcher(parser)
     add = parser.add_argument
     add("--batch-size", "--batch_size", type=positive, default=8, help="prompts answered at once")
@@ -47,8 +47,9 @@ def add_adapt(commands: Commands) -> None:
     what.add_argument("--examples", type=Path, metavar="FILE", help="a table with the columns prompt and answer")
     add("-n", "--prompts", type=positive, help="examples to search on (10; with --light 3)")
     add("--data-files", "--data_files", nargs="+", metavar="FILE", help="files of --task: a folder, or SPLIT=FILE")
+    add("--split", choices=("train", "validation", "test"), default="train", help="where examples of --task come from")
     add("--output", type=Path, required=True, metavar="FOLDER", help="where to save the expert that was found")
-    add("--state", type=Path, metavar="FOLDER", help="go on from here after an interruption (OUTPUT.state if not given)")
+    add("--state", type=Path, metavar="FOLDER", help="keep the search here, to go on from (a folder beside --output)")
     add("--light", action="store_true", help="few examples and few iterations")
     add("--optimizer", choices=("cem", "cma-es"), default="cem", help="cross-entropy method, or CMA-ES (needs cmaes)")
     add("--per-layer", "--per_layer", action="store_true", help="weights of each layer instead of one for all layers")
@@ -88,7 +89,7 @@ def add_prompts(parser: argparse.ArgumentParser, column: str) -> None:
     """Where the prompts come from."""
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="without any, standard input is one prompt")
     parser.add_argument(
-        "--file", type=Path, metavar="FILE", help=f"prompts: .txt, one a line, or .jsonl or .csv with `prompt`; {column}"
+        "--file", type=Path, metavar="FILE", help=f"prompts: .txt (one a line), .jsonl or .csv with `prompt`; {column}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,8 @@ class RoutingTemplate:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.instruction = instruction
         self.is_chat = tokenizer.chat_template is not None
+        self._in_parts = False
+        self._in_parts = self.is_chat and self._wants_parts()
         self._system_role = self.is_chat and self._has_system_role()
         self._answer_start = self._find_answer_start() if self.is_chat else " "
 
@@ -61,8 +64,7 @@ class RoutingTemplate:
         """The full text that precedes the label (and, without a chat template, the space after the colon)."""
         if not self.is_chat:
             return f"{self.instruction}\n\n{text}\nCategory:"
-        rendered = self.tokenizer.apply_chat_template(self.messages(text), tokenize=False, add_generation_prompt=True)
-        return str(rendered) + self._answer_start
+        return self._apply(self.messages(text), add_generation_prompt=True) + self._answer_start
 
     def messages(self, text: str) -> list[dict[str, str]]:
         """The chat that [`render`] renders."""
@@ -103,19 +105,32 @@ class RoutingTemplate:
         with self._lock:
             return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
+    def _apply(self, messages: list[dict[str, str]], **options: bool) -> str:
+        chat: list[Any] = list(messages)
+        if self._in_parts:
+            chat = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, **options))
+
+    def _wants_parts(self) -> bool:
+        """Templates of vision-language models may read contents as lists of parts, and render nothing of a text."""
+        try:
+            return "probe" not in self._apply([{"role": "user", "content": "probe"}])
+        except (TemplateError, TypeError):
+            return True
+
     def _has_system_role(self) -> bool:
         messages = [{"role": "system", "content": self.instruction}, {"role": "user", "content": "a"}]
         try:
-            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            rendered = self._apply(messages)
         except TemplateError:  # "System role not supported"
             return False
-        return self.instruction.strip() in str(rendered)
+        return self.instruction.strip() in rendered
 
     def _find_answer_start(self) -> str:
         """What the template writes between the generation prompt and the assistant's words: mostly nothing."""
         label, messages = "label", self.messages("a")
-        prompt = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        prompt = self._apply(messages, add_generation_prompt=True)
         answered = [*messages, {"role": "assistant", "content": label}]
-        whole = str(self.tokenizer.apply_chat_template(answered, tokenize=False))
+        whole = self._apply(answered)
         start = whole[len(prompt) :]
         return start[: start.index(label)] if whole.startswith(prompt) and label in start else ""

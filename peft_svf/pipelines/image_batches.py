@@ -111,7 +111,16 @@ class BatchedImageTextToTextPipeline(ImageTextToTextPipeline):
         if self.processor.chat_template is not None and bos is not None and rendered[0].startswith(bos):
             options.setdefault("add_special_tokens", False)
         batch = self.processor(text=rendered, images=images if any(images) else None, return_tensors="pt", **options)
+        self._check_context(batch["input_ids"].shape[-1])
         return batch.to(self.device, dtype=self.dtype)
+
+    def _check_context(self, prompt_tokens: int) -> None:
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and prompt_tokens >= context:
+            raise ValueError(
+                f"The prompt has {prompt_tokens} tokens with its images, but the model's context is {context}; "
+                "shorten it, or pass fewer or smaller images."
+            )
 
     def postprocess(  # type: ignore[override]
         self, model_outputs: Mapping[str, Any], return_type: ReturnType | None = None, **kwargs: Any
@@ -133,6 +142,7 @@ def _generation_arguments(model: Any) -> set[str]:
     """All that `model.generate` takes: fields of its configuration, its own arguments and those of the model."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    fields |= {"tokenizer", "assistant_tokenizer"}  # for stop_strings and assistants
     arguments = {*inspect.signature(GenerationMixin.generate).parameters, *inspect.signature(inner.forward).parameters}
     return fields | arguments - {"self", "kwargs", "inputs"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from peft_svf.dispatch import Dispatcher, as_dispatcher
 from peft_svf.dispatch.route import MIXTURE, Prompt, Route
 from peft_svf.experts.bank import BASE_LABEL, ExpertBank
 from peft_svf.pipelines.requests import Pinned, Request, check_pinned, check_prompt, pinned_route, whole_batch
+from peft_svf.pipelines.saving import save_pipeline, saved_dispatcher
 from peft_svf.pipelines.wrapping import as_bank
 
 
@@ -61,7 +63,20 @@ class RoutingMixin:
     def _as_dispatcher(self, dispatcher: Any) -> Dispatcher:
         if dispatcher is None and list(self.bank.experts) == [NAMELESS]:
             dispatcher = NAMELESS  # there is no label to choose by, and somebody asked for this adapter
-        return as_dispatcher(dispatcher, self.bank)
+        return as_dispatcher(saved_dispatcher(self.bank) if dispatcher is None else dispatcher, self.bank)
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, include_base: bool | None = None, max_shard_size: Any = None
+    ) -> Path:
+        """
+        Write the pipeline's bank and the options of its dispatcher as a folder that `pipeline(model=...)` loads.
+
+        Args:
+            save_directory (`str` or `Path`): see [`ExpertBank.save_pretrained`].
+            include_base (`bool`, *optional*): by default only if there is no checkpoint to refer to.
+            max_shard_size (*optional*): not used; transformers' `push_to_hub` passes it.
+        """
+        return save_pipeline(self.bank, self.dispatcher, save_directory, include_base)
 
     def check_model_type(self, supported_models: Any) -> None:
         """Done before, by `as_bank`: transformers' own check knows neither PeftModel nor this task."""
@@ -145,7 +160,8 @@ class RoutingMixin:
         return route
 
     def _question(self, prompt: Any) -> Prompt:
-        return prompt.messages if isinstance(prompt, Chat) else prompt
+        question: Prompt = prompt.messages if isinstance(prompt, Chat) else prompt  # type: ignore[assignment]
+        return question
 
     def _now(self, wanted: bool) -> float:
         if not wanted:

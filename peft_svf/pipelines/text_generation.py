@@ -17,31 +17,45 @@ class Transformer2Pipeline(RoutingMixin, TextGenerationPipeline):  # type: ignor
     """
     transformers' text generation pipeline with the self-adaptation of Transformer² (arXiv 2501.06252, section 3.2).
 
-    First pass: a dispatcher chooses an expert for each prompt, or the base model. Second pass: the whole batch is
-    generated at once, each row under its own expert. Everything `TextGenerationPipeline` takes works here: lists,
-    chats, datasets, generators, `batch_size`, `num_return_sequences`, beams, streamers, generation arguments.
-    The differences:
+    First pass: a dispatcher chooses an expert, a mixture of experts or the base model for each prompt. Second pass:
+    the whole batch is generated at once, each row under its own weights. Everything `TextGenerationPipeline` takes
+    works here: lists, chats, datasets, generators, `batch_size`, `num_return_sequences`, beams, streamers, an
+    assistant model, generation arguments. The differences:
 
     - Greedy decoding, at most 256 new tokens and never more than the context has room for, unless the model's
       generation config or the call says otherwise.
     - A text is one user message if the tokenizer has a chat template, and `generated_text` is the answer alone
-      (`return_full_text=True` puts the text in front of it). Chats behave as in text generation.
-    - Every record carries `expert` (the chosen expert's name, or "others" for the base model) and `scores` (label to
-      probability; `None` where the expert was pinned).
+      (`return_full_text=True` puts the text in front of it). Chats behave as in text generation; without a chat
+      template they become the text that evaluation makes of them ([`~peft_svf.answering.plain_prompt`]).
+    - Every record carries `expert` (the chosen expert's name, "others" for the base model, or "mixture"), `scores`
+      (label to probability; `None` where no dispatcher was asked) and, of a mixture, `weights` (by expert, without
+      zeros). With `return_seconds=True` also `first_pass_seconds` and `second_pass_seconds`, of the whole batch that
+      the prompt was answered in.
+
+    Threads may share a pipeline: none sees another's route. (Tokenizers keep `truncation` and `padding` from one call
+    to the next, so leave these two to one thread.)
 
     Args:
         model (`str`, `ExpertBank`, `PeftModel` or `PreTrainedModel`):
             A bank's folder or Hub id, a bank, a `PeftModel` with SVF adapters (each becomes an expert whose label is
-            its name), or a causal language model (then everything goes to the base model). With
-            `pipeline("transformer2-generation")` and no model, the playground bank inside this package.
+            its name), a repository with one SVF adapter, or a causal language model (then everything goes to the base
+            model). With `pipeline("transformer2-generation")` and no model, the playground bank inside this package.
         tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): defaults to the bank's.
-        dispatcher (`Dispatcher`, *optional*): defaults to `PromptDispatcher(bank)`.
-        kwargs: as for `TextGenerationPipeline`, and `expert`, the expert of every call that names no other.
+        dispatcher (*optional*):
+            `"prompt"`, `"classifier"`, an expert, mixture weights by expert, a one-row [`~peft_svf.dispatch.Route`], a
+            function of the prompts, or an object with `route(prompts) -> Route`; see
+            [`~peft_svf.dispatch.as_dispatcher`]. Defaults to the bank's classification expert if it has one, else to
+            the base model's own judgement. If PEFT's name "default" is the only expert's, there is no label to choose
+            by and it answers every prompt.
+        kwargs:
+            As for `TextGenerationPipeline`; `expert`, what every call is pinned to that says nothing else; and
+            `return_seconds`.
 
     Raises:
         ValueError: not a causal language model. On a call: an unknown expert, an empty prompt or chat, a prompt that
             does not fit the context.
-        ExpertBankError: the model is not a bank, or an expert does not belong to its base.
+        TypeError: what cannot be a dispatcher; on a call, what cannot be a prompt or pin one.
+        ExpertBankError: the model is not a bank, its adapters are not SVF, or an expert does not belong to its base.
 
     Example:
 
@@ -52,6 +66,7 @@ class Transformer2Pipeline(RoutingMixin, TextGenerationPipeline):  # type: ignor
     >>> pipe = pipeline("transformer2-generation")
     >>> pipe("Tom has 23 apples and buys 18 more. How many apples does Tom have?")
     >>> pipe([{"text": "7 + 5 = ?", "expert": "math"}, "Write a function."], batch_size=2, max_new_tokens=32)
+    >>> pipe("How many legs have two cats?", expert={"math": 0.6, "reasoning": 0.4})
     ```
     """
 
@@ -63,12 +78,17 @@ class Transformer2Pipeline(RoutingMixin, TextGenerationPipeline):  # type: ignor
 
         Args:
             text_inputs (`str`, chat, `dict`, or a list, dataset or generator of them):
-                A dict is `{"text": ..., "expert": ...}` or `{"messages": ..., "expert": ...}`; its expert is optional.
-            expert (`str`, *optional*): pin the expert of all prompts, "others" for the base model; no first pass then.
+                A dict is `{"text": ..., "expert": ...}` or `{"messages": ..., "expert": ...}`; its expert is optional
+                and may be a mixture, `{"math": 0.7, "code": 0.3}`, the rest of which stays with the base model. The
+                rows of a dataset are such dicts.
+            expert (`str` or `Mapping[str, float]`, *optional*):
+                Pin all prompts that name no expert, "others" for the base model; no first pass then.
+            return_seconds (`bool`, *optional*, defaults to `False`): Report what both passes took.
             kwargs: as for `TextGenerationPipeline`.
 
         Returns:
-            A list of records for one prompt (one for each returned sequence), a list of such lists for several.
+            A list of records for one prompt (one for each returned sequence), a list of such lists for several, an
+            iterator over such lists for a dataset or a generator.
         """
         return super().__call__(check_inputs(text_inputs), **kwargs)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from peft_svf.experts.bank import ExpertBank, ExpertBankError
 from peft_svf.tuner.names import PEFT_PREFIX

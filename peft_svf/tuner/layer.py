@@ -9,10 +9,9 @@ mean the sum of their offsets, which leaves the base model at weight 1 − K (a 
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -23,22 +22,11 @@ from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from peft_svf.spectrum import Side, SingularBasis, weight_change
+from peft_svf.tuner.batches import BatchesByThread, RowOffsets
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.distributed import refuse_sharded_weight
 from peft_svf.tuner.offset import SVFLogit, SVFOffset
 from peft_svf.tuner.quantized import UnmergedLayer, dequantized_weight, device_of
-
-
-class RowOffsets(Protocol):
-    """What an adapted layer needs to know of a mixed batch (see [`MixedBatch`])."""
-
-    every_row: bool
-
-    def row_offsets(self, layer: SVFLayer, x: torch.Tensor) -> torch.Tensor | None:
-        """The offsets for x, shape (k,) or (B, 1, …, k) with as many axes as x; `None` for the base model."""
-
-    def offsets(self, layer: SVFLayer) -> torch.Tensor | None:
-        """The offsets of the U distinct mixtures, shape (U, …, k); `None` if all are the base model."""
 
 
 class SVFLayer(BaseTunerLayer):
@@ -52,7 +40,9 @@ class SVFLayer(BaseTunerLayer):
         svf_singular_values (`torch.Tensor`): All singular values, shape (r,).
         svf_sketch (`list[float]`): The fingerprint of the weight that Q was computed from.
         svf_basis_source (`str`): The checkpoint that this weight came from; `None` if it was the layer's own.
-        svf_batches (`dict[int, RowOffsets]`): By thread, the mixed batch that it runs; all layers share them.
+        svf_batches ([`BatchesByThread`]): The mixed batches that run; all layers share it, `None` until they do.
+        svf_sees_rows (`bool`): Whether the first axis of the input is that of the batch: not in a vision tower, and
+            not in the experts of a mixture-of-experts model.
     """
 
     adapter_layer_names = ("svf_offset",)
@@ -80,7 +70,8 @@ class SVFLayer(BaseTunerLayer):
         self.svf_strength: dict[str, float] = {}
         self.svf_sketch: list[float] | None = None
         self.svf_basis_source: str | None = None
-        self.svf_batches: dict[int, RowOffsets] = {}
+        self.svf_batches: BatchesByThread | None = None
+        self.svf_sees_rows = True
         self.register_buffer("svf_basis", None, persistent=False)
         self.register_buffer("svf_singular_values", None, persistent=False)
         # The weight as it was before merging; a buffer so that it follows the model to other devices.
@@ -174,7 +165,15 @@ class SVFLayer(BaseTunerLayer):
 
     def mixed_batch(self) -> RowOffsets | None:
         """The mixed batch that this thread runs, if it runs one."""
-        return self.svf_batches.get(threading.get_ident()) if self.svf_batches else None
+        return self.svf_batches.current() if self.svf_batches else None
+
+    def _active_offset(self) -> torch.Tensor | None:
+        """Σ offset over the active adapters; `None` if they are disabled, in the base weight or none of this layer."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return None
+        return None if self.merged else self.sum_offsets(self.active_adapters)
 
     def sum_offsets(self, adapter_names: Iterable[str]) -> torch.Tensor | None:
         """Σ offset over those of the adapters that this layer has, shape (k,); `None` if it has none of them."""
@@ -304,18 +303,21 @@ class Linear(nn.Module, SVFLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Shape (..., in) to (..., out), under the mixed batch of this thread or else the active adapters."""
-        batch = self.mixed_batch()
-        if batch is not None:
-            offset = batch.row_offsets(self, x)
-        elif self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            offset = None
+        if self.svf_batches:  # of any thread; a graph break, if the model is compiled
+            find = self._uncompiled_offset_for if torch.compiler.is_compiling() else self._offset_for
+            offset = find(x)
         else:
-            offset = None if self.merged else self.sum_offsets(self.active_adapters)
+            offset = self._active_offset()
         if offset is None:
             return self.base_layer(x, *args, **kwargs)
         return self._scale_singular_values(x, offset, *args, **kwargs)
+
+    def _offset_for(self, x: torch.Tensor) -> torch.Tensor | None:
+        batch = self.mixed_batch()
+        return self._active_offset() if batch is None else batch.row_offsets(self, x)
+
+    # torch.compile knows no threads: what it records under one thread's route, it would replay for all of them.
+    _uncompiled_offset_for = torch.compiler.disable(_offset_for)
 
     def __repr__(self) -> str:
         return "svf." + super().__repr__()

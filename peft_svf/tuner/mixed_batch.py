@@ -1,29 +1,16 @@
-"""Mixed batches: one batch whose rows run under different adapters or mixtures, through the same two matrix products.
-
-A mixed batch belongs to the thread that entered it: other threads that run the same model do not see it.
-"""
+"""MixedBatch: one batch whose rows run under different adapters or mixtures, through the same two matrix products."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
-from torch.nn.functional import pad
-from transformers import GenerationConfig
 
-from peft_svf.tuner.adapted import adapted_name
 from peft_svf.tuner.layer import SVFLayer
-from peft_svf.tuner.parameter import ParamWrapper, no_mixed_batches
 
 
 BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
-
-_HOOKS_LOCK = threading.RLock()  # for modules that PEFT trains in full, whose hooks all threads would see
 
 
 class MixedBatch:
@@ -36,9 +23,12 @@ class MixedBatch:
         groups (`Sequence[str]`, *optional*):
             G names of modules, or dotted beginnings of such names. A matrix belongs to the longest that fits.
         residual (`bool`, *optional*, defaults to `True`):
-            offset' = Σ αₖ offsetₖ. `False`: offset' = Σ αₖ offsetₖ + Σα − 1, which is z' = Σ αₖ zₖ.
+            offset' = Σ αₖ offsetₖ. `False`: offset' = Σ αₖ offsetₖ + Σα − 1, which is z' = Σ αₖ zₖ. An adapter
+            that does not adapt a matrix counts as z = 1 there; a matrix that none of the K adapts stays as it is.
         every_row (`bool`, *optional*, defaults to `False`): The weights have one row, for all rows of any batch.
-        expansion (`int`, *optional*, defaults to 1): How many rows generate makes of one: beams or returned sequences.
+
+    Raises:
+        ValueError: A weight is not finite.
     """
 
     def __init__(
@@ -48,30 +38,36 @@ class MixedBatch:
         groups: Sequence[str] = (),
         residual: bool = True,
         every_row: bool = False,
-        expansion: int = 1,
     ) -> None:
+        if not torch.isfinite(weights).all():
+            raise ValueError(f"mixture weights must be finite numbers, got {weights.tolist()} for {list(adapters)}")
         self.adapters, self.groups, self.residual = tuple(adapters), tuple(groups), residual
         self.every_row = every_row
         self.rows = len(weights)
-        self.expansion = expansion
-        # A table of the distinct mixtures is what layers compute: shapes (U, …, K) and (B,)
-        self.weights, self._rows_of = weights[:1], torch.zeros(len(weights), dtype=torch.long)
-        if weights.numel():
-            self.weights, self._rows_of = torch.unique(weights, dim=0, return_inverse=True)
-        self._used = [bool(self.weights[..., k].any()) for k in range(len(self.adapters))]
+        self._expansion = 1  # how many rows generate has made of one: beams or returned sequences
         self._tokens = 1  # of a row, as the last layer with a batch axis saw it
+        # A table of the distinct mixtures is what layers compute: shapes (U, …, K) and (B,)
+        self.weights, self._rows_of = _distinct(weights)
+        self._in_order = len(self.weights) == self.rows
+        self._used = [bool(self.weights[..., k].any()) for k in range(len(self.adapters))]
+        self._group_indices = {group: index for index, group in enumerate(self.groups)}
         self._tables: dict[SVFLayer, torch.Tensor | None] = {}
         self._indices: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     @classmethod
-    def of_names(cls, adapter_names: Sequence[str], expansion: int = 1) -> MixedBatch:
+    def of_names(cls, adapter_names: Sequence[str]) -> MixedBatch:
         """One adapter for each row, `"__base__"` for the base model."""
         adapters = sorted(set(adapter_names) - {BASE_MODEL})
         weights = torch.zeros(len(adapter_names), len(adapters))  # (B, K)
         for row, name in enumerate(adapter_names):
             if name != BASE_MODEL:
                 weights[row, adapters.index(name)] = 1.0
-        return cls(adapters, weights, expansion=expansion)
+        return cls(adapters, weights)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows run under the same mixture."""
+        return len(self.weights) < 2
 
     def row_offsets(self, layer: SVFLayer, x: torch.Tensor) -> torch.Tensor | None:
         """The offsets for the input x of `layer`.
@@ -83,75 +79,109 @@ class MixedBatch:
         Raises:
             ValueError: The rows of x are not those of the call (several times over), or an adapter is merged.
         """
-        repeats = 1 if self.every_row else self._repeats(x)
+        repeats = self._repeats(x) if layer.svf_sees_rows and not self.every_row else 1
         table = self.offsets(layer)
         if table is None or len(table) == 1:
             return None if table is None else table[0]
-        offsets = table[self._index(repeats, table.device)]  # (B, k)
+        if self._in_order and repeats == 1:
+            offsets = table  # (B, k)
+        else:
+            offsets = table.index_select(0, self._index(repeats, table.device))
         return offsets.view(offsets.shape[0], *(1,) * (x.dim() - 2), offsets.shape[-1])
 
     def offsets(self, layer: SVFLayer) -> torch.Tensor | None:
-        """The offsets of the distinct mixtures in `layer`, shape (U, k); `None` if all are the base model."""
+        """The offsets of the distinct mixtures in `layer`, shape (U, …, k); `None` if all are the base model."""
         if layer.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
+        if torch.is_grad_enabled():
+            return self._mix(layer)  # a kept one would belong to the graph of another forward pass, or to none
         if layer not in self._tables:  # once for each call, not for each token
             self._tables[layer] = self._mix(layer)
         return self._tables[layer]
 
-    def names(self, rows: int) -> list[str]:
-        """The adapter of each of `rows` rows; the rows of one prompt lie next to each other.
+    def forget_offsets(self) -> None:
+        """At the start of a call: the adapters may have changed since the last one."""
+        self._tables.clear()
+
+    def names(self, x: torch.Tensor, copies: Collection[str]) -> list[str]:
+        """The adapter of each row of x, for a module of which only the adapters `copies` have one of their own.
 
         Raises:
-            ValueError: A row is a mixture.
+            ValueError: A row is a mixture with one of `copies`, or the rows of x are not those of the call.
         """
-        mixtures = self.weights if self.groups else self.weights[:, None]  # (U, G, K)
-        one_hot = [self._name(mixture) for mixture in mixtures]
-        repeats = rows if self.every_row else self._divide(rows)
+        one_hot = self.check_one_hot(copies)
+        repeats = len(x) if self.every_row else self._repeats(x)
         return [one_hot[index] for index in self._rows_of.tolist() for _ in range(repeats)]
 
+    def check_one_hot(self, copies: Collection[str]) -> list[str]:
+        """The adapter among `copies` of each distinct mixture; a `ValueError` if it is not one alone."""
+        mixtures = self.weights if self.groups else self.weights[:, None]  # (U, G, K)
+        return [self._name(mixture, copies) for mixture in mixtures]
+
     @contextmanager
-    def expanded(self, expansion: int) -> Iterator[None]:
-        """Within generate, which makes `expansion` rows of one."""
-        before, self.expansion = self.expansion, expansion
+    def generating(self) -> Iterator[None]:
+        """Within a call of generate, which makes several rows of one once [`~MixedBatch.expand`] says so."""
+        self.forget_offsets()
+        before, self._expansion = self._expansion, 1
         try:
             yield
         finally:
-            self.expansion = before
+            self._expansion = before
 
-    def _name(self, mixture: torch.Tensor) -> str:
+    def expand(self, rows: int, expansion: int) -> None:
+        """From now on, generate runs `expansion` times its `rows` rows; raises if these are not those of the call."""
+        if not self.every_row and rows != self.rows:
+            self._refuse(rows)
+        self._expansion = expansion
+
+    def _name(self, mixture: torch.Tensor, copies: Collection[str]) -> str:
         """The only adapter of a mixture, given as (groups, K) weights."""
-        if not mixture.any():
+        if not any(mixture[:, k].any() for k, name in enumerate(self.adapters) if name in copies):
             return BASE_MODEL
         column = int(mixture[0].argmax())
         if not torch.equal(mixture, torch.eye(len(self.adapters), dtype=mixture.dtype)[[column] * len(mixture)]):
             raise ValueError(
-                "Adapters with whole modules or token embeddings (`modules_to_save`, `trainable_token_indices`) "
-                "cannot be mixed; give each row one adapter"
+                f"Adapters with whole modules or token embeddings ({', '.join(sorted(copies))}: `modules_to_save`, "
+                "`trainable_token_indices`) cannot be mixed; give each row one adapter"
             )
-        return self.adapters[column]
+        return self.adapters[column] if self.adapters[column] in copies else BASE_MODEL
 
     def _mix(self, layer: SVFLayer) -> torch.Tensor | None:
+        adapted = [name in layer.svf_offset for name in self.adapters]
+        if not any(adapted):
+            return None
         weights = self.weights[:, self._group(layer.svf_name)] if self.groups else self.weights  # (U, K)
         terms = [
-            weights[:, k].to(offset.device).reshape(-1, *(1,) * offset.dim()) * offset  # (U, …, k)
-            for k, name in enumerate(self.adapters)
-            if self._used[k] and name in layer.svf_offset
-            for offset in [layer.offset(name)]
+            (weights[:, k], layer.offset(name)) for k, name in enumerate(self.adapters) if self._used[k] and adapted[k]
         ]
         surplus = torch.zeros(len(weights)) if self.residual else weights.sum(-1) - 1  # (U,)
         moves_all = bool((surplus.abs() > 1e-6).any())
-        if not terms and not moves_all:
-            return None
-        longest = layer.components if moves_all else max(term.shape[-1] for term in terms)
-        if moves_all and not terms:
-            terms = [next(layer.svf_offset.parameters()).new_zeros(len(weights), *layer.stack, longest)]
-        mixture: torch.Tensor = sum(pad(term, (0, longest - term.shape[-1])) for term in terms)  # type: ignore[assignment]
         if not moves_all:
-            return mixture
-        self._check_full_rank(layer)
-        return mixture + surplus.to(mixture).reshape(-1, *(1,) * (mixture.dim() - 1))
+            if not terms:
+                return None
+            if len(terms) == 1 and torch.equal(terms[0][0], torch.ones(len(weights))):
+                return terms[0][1].expand(1, *terms[0][1].shape)  # one adapter as it is
+        return self._weighted_sum(layer, terms, surplus if moves_all else None)
+
+    def _weighted_sum(
+        self, layer: SVFLayer, terms: list[tuple[torch.Tensor, torch.Tensor]], surplus: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Σ αₖ offsetₖ + surplus, shape (U, …, k), of terms (αₖ, shape (U,); offsetₖ, shape (…, k))."""
+        if surplus is not None:
+            self._check_full_rank(layer)
+        # Only the surplus can be without terms; then the layer has its whole basis
+        like = terms[0][1] if terms else layer.svf_singular_values
+        length = layer.components if surplus is not None else max(offset.shape[-1] for _, offset in terms)
+        mixture = like.new_zeros(len(self.weights), *layer.stack, length)
+
+        def by_row(numbers: torch.Tensor) -> torch.Tensor:
+            return numbers.to(mixture).reshape(-1, *(1,) * (mixture.dim() - 1))
+
+        for weight, offset in terms:
+            mixture[..., : offset.shape[-1]].addcmul_(by_row(weight), offset)  # no matmul, which autocast would round
+        return mixture if surplus is None else mixture + by_row(surplus)
 
     def _check_full_rank(self, layer: SVFLayer) -> None:
         layer.require_basis()
@@ -162,10 +192,19 @@ class MixedBatch:
             )
 
     def _group(self, name: str) -> int:
-        fits = [group for group in self.groups if name == group or name.startswith(f"{group}.")]
-        if not fits:
-            raise ValueError(f"no group has weights for the adapted matrix '{name}'; the groups are {self.groups}")
-        return self.groups.index(max(fits, key=len))
+        beginning = name
+        while beginning not in self._group_indices:
+            beginning = beginning.rpartition(".")[0]
+            if not beginning:
+                raise ValueError(f"no group has weights for the adapted matrix '{name}'; the groups are {self.groups}")
+        return self._group_indices[beginning]
+
+    def check_groups(self, layers: Collection[SVFLayer]) -> None:
+        """Raise a `ValueError` that names an adapted matrix without weights."""
+        if self.groups:
+            for layer in layers:
+                if not layer.svf_offset.keys().isdisjoint(self.adapters):
+                    self._group(layer.svf_name)
 
     def _index(self, repeats: int, device: torch.device) -> torch.Tensor:
         if (repeats, device) not in self._indices:
@@ -174,87 +213,28 @@ class MixedBatch:
 
     def _repeats(self, x: torch.Tensor) -> int:
         """How many rows of x belong to one row of the call."""
-        repeats = self._divide(x.shape[0])
-        expansions = {1, self.expansion}  # 1: the encoder of an encoder-decoder model
+        expansion = self._expansion
+        repeats = x.shape[0] // self.rows if self.rows else 0
         if x.dim() > 2:
             self._tokens = x.shape[1]
-            allowed = expansions
+            fits = repeats == expansion
         else:  # some models (OPT) flatten the tokens of all rows into one axis
-            allowed = expansions | {expansion * self._tokens for expansion in expansions}
-        if repeats not in allowed:
+            fits = repeats in (expansion, expansion * self._tokens)
+        if not fits or repeats * self.rows != x.shape[0]:
             self._refuse(x.shape[0])
         return repeats
 
-    def _divide(self, rows: int) -> int:
-        if not self.rows or rows % self.rows:
-            self._refuse(rows)
-        return rows // self.rows
-
     def _refuse(self, rows: int) -> None:
+        expansion = "" if self._expansion == 1 else f" (times {self._expansion} beams or returned sequences)"
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{self.rows} and {rows} respectively. The same holds for the rows of a route."
+            f"{self.rows} and {rows} respectively{expansion}. The same holds for the rows of a route."
         )
 
 
-@contextmanager
-def entered(batches: dict[int, MixedBatch], batch: MixedBatch) -> Iterator[None]:
-    """Let the layers that share `batches` run under `batch` in this thread."""
-    thread = threading.get_ident()
-    before = batches.get(thread)
-    batches[thread] = batch
-    try:
-        yield
-    finally:
-        if before is None:
-            del batches[thread]
-        else:
-            batches[thread] = before
-
-
-@contextmanager
-def choosing_whole_modules(model: nn.Module, batch: MixedBatch) -> Iterator[None]:
-    """Let the modules that PEFT trains in full choose by row; only one thread at a time, if there are such modules."""
-    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    if not wrappers:
-        yield
-        return
-
-    def pass_names(
-        module: AuxiliaryTrainingWrapper, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        # For PEFT a name without a copy of this module is an error; it means the module of the base model.
-        names = [name if name in module._adapters else BASE_MODEL for name in batch.names(len(inputs))]
-        return args, {**kwargs, "adapter_names": names}
-
-    with _HOOKS_LOCK:
-        handles = [wrapper.register_forward_pre_hook(pass_names, with_kwargs=True) for wrapper in wrappers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def refuse_modules_without_rows(model: nn.Module) -> None:
-    """Raise a `ValueError` that names an adapted module which cannot tell the rows of a batch apart."""
-    for name, module in model.named_modules():
-        if isinstance(module, ParamWrapper):
-            raise ValueError(no_mixed_batches(adapted_name(name, module)))
-        if isinstance(module, SVFLayer) and "experts" in name.split("."):
-            raise ValueError(
-                f"Cannot pass `adapter_names` when an adapter adapts '{name}': it sees tokens routed to it, not "
-                "rows; run one adapter at a time, or leave the experts out of the adapters"
-            )
-
-
-def generation_expansion(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """How many rows `model.generate(*args, **kwargs)` makes of one: the larger of beams and returned sequences."""
-    given = kwargs.get("generation_config") or next((arg for arg in args if isinstance(arg, GenerationConfig)), None)
-    places = (given, getattr(model, "generation_config", None))  # what the first leaves open, the second fills in
-
-    def setting(name: str) -> int:
-        return next(filter(None, (kwargs.get(name), *(getattr(place, name, None) for place in places))), 1)
-
-    return max(setting("num_beams"), setting("num_return_sequences"))
+def _distinct(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distinct rows, in the order in which they first appear, and for each row which of them it is."""
+    numbers: dict[tuple[float, ...], int] = {}
+    rows_of = [numbers.setdefault(tuple(row), len(numbers)) for row in weights.flatten(1).tolist()]
+    first = [rows_of.index(number) for number in range(len(numbers))] or slice(0, 1)
+    return weights[first], torch.tensor(rows_of, dtype=torch.long)

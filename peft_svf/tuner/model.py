@@ -28,14 +28,6 @@ from peft_svf.tuner.distributed import (
     run_where_weights_are,
 )
 from peft_svf.tuner.layer import Linear, SVFLayer
-from peft_svf.tuner.mixed_batch import (
-    BASE_MODEL,
-    MixedBatch,
-    choosing_whole_modules,
-    entered,
-    generation_expansion,
-    refuse_modules_without_rows,
-)
 from peft_svf.tuner.mixture import check_mixture, mix_offsets
 from peft_svf.tuner.module_checks import ModuleChecks
 from peft_svf.tuner.parameter import (
@@ -44,11 +36,12 @@ from peft_svf.tuner.parameter import (
     why_not_parameter,
 )
 from peft_svf.tuner.rollback import Rollback
+from peft_svf.tuner.routed import RoutedModel, share_batches
 from peft_svf.tuner.saved_bases import wait_for_bases
 from peft_svf.tuner.selection import check_adapter_name, matches_by_ending, resolve_all_linear
 
 
-class SVFModel(BaseTuner):
+class SVFModel(RoutedModel, BaseTuner):
     """
     Adapts a model by scaling the singular values of its weights (Transformer², arXiv 2501.06252, section 3.1).
 
@@ -97,7 +90,7 @@ class SVFModel(BaseTuner):
             with _no_false_warning(config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._raise_if_refused()
-            self._share_batches(model)
+            self.svf_batches = share_batches(model)
             check_nesting(model, adapter_name)
             self._prepare_bases(model, adapter_name, config)
             keep_bases_out_of_ddp(model)
@@ -124,12 +117,6 @@ class SVFModel(BaseTuner):
             compare_fingerprints(fingerprint, config)
         if not config.compares_base:
             config.base_fingerprint = fingerprint
-
-    @staticmethod
-    def _share_batches(model: nn.Module) -> None:
-        layers = [module for module in model.modules() if isinstance(module, SVFLayer)]
-        for layer in layers:
-            layer.svf_batches = layers[0].svf_batches
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -223,50 +210,6 @@ class SVFModel(BaseTuner):
         state_dict = take_bases(model, adapter_name, state_dict)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return complete_offsets(model, adapter_name, state_dict)
-
-    @contextmanager
-    def routed(self, batch: MixedBatch) -> Iterator[None]:
-        """Run what this thread computes under `batch`: other threads, and the active adapter, are not touched.
-
-        Generation with beams or several returned sequences goes through the `generate` of the [`~peft.PeftModel`],
-        which knows how many rows it makes of one.
-
-        Raises:
-            ValueError: The model is in training mode, lacks an adapter, or has adapted modules that see no rows.
-        """
-        self._check_mixed_batch(batch)
-        layers = [module for module in self.model.modules() if isinstance(module, SVFLayer)]
-        with choosing_whole_modules(self.model, batch), entered(layers[0].svf_batches, batch):
-            yield
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Mixed batches: what a call of forward or generate says of its rows."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        current = next((m.mixed_batch() for m in self.model.modules() if isinstance(m, SVFLayer)), None)
-        if adapter_names is not None:
-            if not isinstance(adapter_names, (list, tuple)):
-                raise TypeError(f"`adapter_names` must be a list with one name for each row, got {adapter_names!r}")
-            batch = MixedBatch.of_names(adapter_names, generation_expansion(self.model, args, kwargs))
-            with self.routed(batch):
-                yield
-        elif isinstance(current, MixedBatch):
-            with current.expanded(generation_expansion(self.model, args, kwargs)):
-                yield
-        else:
-            yield
-
-    def _check_mixed_batch(self, batch: MixedBatch) -> None:
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()`.")
-        unknown = set(batch.adapters) - set(self.peft_config)
-        if unknown:
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; loaded are "
-                f"{', '.join(sorted(self.peft_config))} and {BASE_MODEL}"
-            )
-        if not batch.every_row:
-            refuse_modules_without_rows(self.model)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter, or several, the active ones, as in [`~peft.PeftModel.set_adapter`]."""

@@ -166,17 +166,20 @@ class ParamWrapper(nn.Module, SVFLayer):
 
     def _current_offset(self) -> torch.Tensor | None:
         """z − 1 of every matrix under the mixed batch of this thread or else the active adapters, (experts, k)."""
+        if not self.svf_batches:
+            return self._active_offset()
+        return self._uncompiled_offset() if torch.compiler.is_compiling() else self._offset_of_thread()
+
+    def _offset_of_thread(self) -> torch.Tensor | None:
         batch = self.mixed_batch()
-        if batch is not None:
-            if not batch.every_row:
-                raise ValueError(no_mixed_batches(self.svf_name))
-            table = batch.offsets(self)
-            return None if table is None else table[0]
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return None
-        return None if self.merged else self.sum_offsets(self.active_adapters)
+        if batch is None:
+            return self._active_offset()
+        table = batch.offsets(self)
+        if table is not None and len(table) > 1:
+            raise ValueError(no_mixed_batches(self.svf_name))
+        return None if table is None else table[0]
+
+    _uncompiled_offset = torch.compiler.disable(_offset_of_thread)  # torch.compile knows no threads
 
     def __repr__(self) -> str:
         return "svf." + super().__repr__()

@@ -69,7 +69,9 @@ def test_lora_loads_without_peft_svf_and_vllm_is_told_a_rank_it_knows(
     assert plain_answer(model, base) == own_answer("math")
 
 
-@pytest.mark.skipif(not is_serve_available(), reason="needs the packages of transformers[serving]: fastapi, uvicorn, ...")
+@pytest.mark.skipif(
+    not is_serve_available(), reason="needs the packages of transformers[serving]: fastapi, uvicorn, ..."
+)
 def test_transformers_serve_answers_as_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "served"
     run_script(monkeypatch, "--expert", "math", "--output", str(folder))

@@ -87,9 +87,17 @@ def test_a_model_that_is_no_causal_language_model_is_named(model, character_toke
     message_of(error)
 
 
-def test_a_dispatcher_without_route_is_refused(bank):
-    with pytest.raises(ValueError, match="function has not"):
-        Transformer2Pipeline(bank, dispatcher=lambda prompts: prompts)
+@pytest.mark.parametrize(
+    ("dispatcher", "error", "expected"),
+    [
+        (object(), TypeError, "an object with route"),
+        ("physics", ValueError, "neither .* nor an expert"),
+        ({"math": 0.5, "physics": 0.5}, ValueError, "physics"),
+    ],
+)
+def test_what_is_no_dispatcher_is_refused(bank, dispatcher, error, expected):
+    with pytest.raises(error, match=expected):
+        Transformer2Pipeline(bank, dispatcher=dispatcher)
 
 
 @pytest.mark.parametrize(

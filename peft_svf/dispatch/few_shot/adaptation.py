@@ -40,8 +40,9 @@ class Adaptation:
     def weights(self) -> dict[str, float] | dict[str, dict[str, float]]:
         """Mixture weights by expert; for weights in groups, those by group."""
         route = self.search.route()
-        rows = [dict(zip(route.experts, row, strict=True)) for row in route.weights[0].reshape(-1, len(route.experts)).tolist()]  # fmt: skip
-        return dict(zip(route.groups, rows, strict=True)) if route.groups else rows[0]
+        by_group = route.weights[0].reshape(-1, len(route.experts)).tolist()  # (G or 1, K)
+        mixtures = [dict(zip(route.experts, row, strict=True)) for row in by_group]
+        return dict(zip(route.groups, mixtures, strict=True)) if route.groups else mixtures[0]
 
     @property
     def statement(self) -> str:
@@ -49,7 +50,8 @@ class Adaptation:
         if not self.adapted:
             return (
                 "No candidate answered any of the examples right, so nothing was adapted: the mixture is the one that "
-                "the search started from. Check `max_new_tokens`, the reward and the prompts, or bring easier examples."
+                "the search started from. Check `max_new_tokens`, the reward and the prompts, or bring easier "
+                "examples."
             )
         if self.cross_validation is None:
             chosen = f"The configuration '{self.search.space.name}' was given, not chosen."

@@ -46,13 +46,13 @@ def save_mixture(bank: ExpertBank, route: Route, folder: Path) -> None:
         bank.model.delete_adapter(name)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name / file).rename(folder / file)
-    (folder / name / "README.md").unlink(missing_ok=True)  # PEFT's stock card
     (folder / name).rmdir()
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's stock card
     _name_base(folder / "adapter_config.json", str(bank.base_model.config._name_or_path))
 
 
 def _name_base(path: Path, base: str) -> None:
-    """Let the config name the checkpoint that the base model was loaded from; PEFT kept what the expert's file said."""
+    """Let the config name the checkpoint of the base model here, not what an expert's own file said."""
     config = json.loads(path.read_text("utf-8"))
     config["base_model_name_or_path"] = str(Path(base).absolute()) if Path(base).is_dir() else base or None
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")

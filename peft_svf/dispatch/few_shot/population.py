@@ -41,7 +41,7 @@ class Outcomes:
         count = self.right.sum(1)  # (N,)
         total = torch.where(self.right, self.log_likelihoods, 0.0).sum(1)
         mean = torch.where(count > 0, total / count.clamp(min=1), -torch.inf)
-        shares = (count / self.right.shape[1]).tolist()
+        shares = [right / self.right.shape[1] for right in count.tolist()]
         return [Fitness(share, own) for share, own in zip(shares, mean.tolist(), strict=True)]
 
 

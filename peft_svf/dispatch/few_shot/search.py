@@ -10,11 +10,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
+from peft_svf.answering import Processes
 from peft_svf.dispatch.few_shot.mixture_space import MixtureSpace
 from peft_svf.dispatch.few_shot.optimizer import Fitness, Optimizer, StartDistribution, all_equal
 from peft_svf.dispatch.few_shot.search_settings import SearchSettings
@@ -76,6 +75,7 @@ class MixtureSearch:
         settings ([`SearchSettings`], *optional*): By default those of the paper.
         make_optimizer (`Callable[[StartDistribution], Optimizer]`, *optional*):
             Makes another optimizer than the settings say, e.g. one of your own.
+        processes ([`Processes`], *optional*): Those that search together; by default those launched together.
 
     Raises:
         ValueError: Settings that the optimizer cannot work with.
@@ -87,11 +87,13 @@ class MixtureSearch:
         space: MixtureSpace,
         settings: SearchSettings | None = None,
         make_optimizer: Callable[[StartDistribution], Optimizer] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.space = space
         self.settings = settings or SearchSettings()
         self.make_optimizer = make_optimizer or self.settings.make_optimizer
-        self.make_optimizer(space.start)  # before any example is answered
+        self.make_optimizer(space.start)  # refuses what it cannot work with before any example is answered
+        self.processes = processes or Processes.launched()
 
     def run(
         self,
@@ -123,7 +125,7 @@ class MixtureSearch:
         optimizer = self.make_optimizer(self.space.start)
         state_of = SearchFolder(Path(folder), self._identity(optimizer, identity or {})) if folder else None
         history = self._resume(optimizer, state_of)
-        main = PartialState().is_main_process
+        main = self.processes.is_main
         with tqdm(
             total=self.settings.iterations,
             initial=len(history),
@@ -132,8 +134,8 @@ class MixtureSearch:
             leave=False,
         ) as bar:
             while (stopped := self._stop_reason(history, optimizer)) is None:
-                candidates = _agreed(optimizer.ask())
-                fitness = _agreed(_checked(evaluate(candidates), len(candidates)))
+                candidates = self._agreed(optimizer.ask())
+                fitness = self._agreed(_checked(evaluate(candidates), len(candidates)))
                 optimizer.tell(candidates, fitness)
                 history.append(Generation.of(candidates, fitness))
                 if state_of and main:
@@ -156,12 +158,12 @@ class MixtureSearch:
     def _resume(self, optimizer: Optimizer, folder: SearchFolder | None) -> list[Generation]:
         """The history in `folder`, with the optimizer in the state that belongs to it."""
         found, refusal = None, None
-        if folder and PartialState().is_main_process:
+        if folder and self.processes.is_main:
             try:
                 found = folder.load()
             except SearchStateError as error:
                 refusal = error
-        found, refusal = _agreed((found, refusal))  # else the other processes would wait for ever
+        found, refusal = self._agreed((found, refusal))  # else the other processes would wait for ever
         if refusal:
             raise refusal
         if not found:
@@ -170,6 +172,10 @@ class MixtureSearch:
         optimizer.load_state(state)
         logger.info("Few-shot search goes on after generation %d.", len(history))
         return history
+
+    def _agreed(self, value: T) -> T:
+        """The value that the main process has."""
+        return self.processes.gather([value])[0]
 
     def _stop_reason(self, history: list[Generation], optimizer: Optimizer) -> StopReason | None:
         """Why to stop; the same for a resumed search, as it follows from the history and the optimizer alone."""
@@ -199,13 +205,6 @@ class MixtureSearch:
 def _surer(one: Fitness, other: Fitness, tolerance: float) -> bool:
     """Written so that two of -inf, which nobody has measured, are equally sure."""
     return one.log_likelihood > other.log_likelihood + tolerance
-
-
-def _agreed(value: T) -> T:
-    """The value that the main process has."""
-    if PartialState().num_processes == 1:
-        return value
-    return broadcast_object_list([value])[0]
 
 
 def _checked(fitness: list[Fitness], expected: int) -> list[Fitness]:

@@ -88,9 +88,8 @@ class LabelScorer:
         cache = self._cache.get(version) if self.use_cache and rows else None
         cached = [] if cache is None else [i for i, row in enumerate(rows) if self._fits_cache(row)]
         scores = torch.empty(len(rows), len(self.labels))
-        for batch in self._batches(rows, cached):
-            assert cache is not None
-            scores[batch] = self._score_cached(cache, [rows[i] for i in batch])
+        if cache is not None and cached:
+            scores[cached] = self._score_cached(cache, [rows[i] for i in cached])
         for i in sorted(set(range(len(rows))) - set(cached)):
             scores[i] = self._score_plain(rows[i])
         if not scores.isfinite().all():
@@ -144,9 +143,16 @@ class LabelScorer:
             return False
         return row[:length] == self.prefix and len(row) > length
 
-    def _batches(self, rows: list[list[int]], members: list[int]) -> Iterator[list[int]]:
-        """Rows in batches that keep to the limits; those of similar length together."""
-        members = sorted(members, key=lambda i: -len(rows[i]))
+    def _score_cached(self, cache: DynamicCache, rows: list[list[int]]) -> Tensor:
+        """Scores (B, L) of prompts that begin with the prefix."""
+        scores = torch.empty(len(rows), len(self.labels))
+        for batch in self._batches(rows):
+            scores[batch] = self._score_batch(cache, [rows[i] for i in batch])
+        return scores
+
+    def _batches(self, rows: list[list[int]]) -> Iterator[list[int]]:
+        """The indices of rows in batches that keep to the limits; rows of similar length together."""
+        members = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         nodes = max(map(len, self._trees))
         while members:
             width = len(rows[members[0]]) + nodes
@@ -155,8 +161,8 @@ class LabelScorer:
             yield members[:count]
             members = members[count:]
 
-    def _score_cached(self, cache: DynamicCache, rows: list[list[int]]) -> Tensor:
-        """Scores (B, L) of prompts that begin with the prefix."""
+    def _score_batch(self, cache: DynamicCache, rows: list[list[int]]) -> Tensor:
+        """Scores (B, L) of the rows of one forward; a forward for each tree, to be exact."""
         prompts = PackedPrompts([row[len(self.prefix) :] for row in rows], len(self.prefix), self._pad)
         cache = for_rows(cache, len(rows))
         scores = torch.empty(len(rows), len(self.labels))

@@ -1,0 +1,221 @@
+"""Experts come and go while a bank is in use; what fails changes nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from peft_svf import ExpertBank, SVFConfig, Transformer2Pipeline
+from peft_svf.experts import ExpertBankError, ExpertEntry
+
+
+IDS = torch.arange(3, 23).reshape(2, 10)
+
+
+@pytest.fixture
+def folder(tiny_llama, character_tokenizer, add_experts, tmp_path) -> Path:
+    """A saved bank with the experts math, code and extra; `code` and `extra` are to be added to others."""
+    model = add_experts(tiny_llama(vocab_size=100, max_position_embeddings=512), names=("math", "code", "extra"))
+    return ExpertBank(model, character_tokenizer).save_pretrained(tmp_path / "bank", include_base=True)
+
+
+@pytest.fixture
+def bank(tiny_llama, character_tokenizer, folder) -> ExpertBank:
+    """The same base with only math."""
+    base = tiny_llama(vocab_size=100, max_position_embeddings=512)
+    model = PeftModel.from_pretrained(base, folder / "math", adapter_name="math")
+    return ExpertBank(model, character_tokenizer)
+
+
+@torch.no_grad()
+def logits(bank: ExpertBank, route: Any) -> torch.Tensor:
+    with bank.routed(route) as model:
+        return model(IDS).logits
+
+
+def state(bank: ExpertBank) -> dict[str, Any]:
+    """All that an expert leaves behind: tensors with their flags, modules, entries, active adapters."""
+    model = bank.model
+    return {
+        "tensors": {name: (id(p), p.requires_grad) for name, p in model.named_parameters()},
+        "modules": [name for name, _ in model.named_modules()],
+        "experts": (bank.experts, bank.classifier),
+        "adapters": sorted(model.peft_config) if isinstance(model, PeftModel) else vars(model).get("peft_config"),
+        "active": getattr(model, "active_adapters", None) if isinstance(model, PeftModel) else None,
+        "logits": logits(bank, "others"),
+    }
+
+
+def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    return all(torch.equal(left[k], right[k]) if k == "logits" else left[k] == right[k] for k in left)
+
+
+def test_an_added_expert_answers_as_in_the_bank_it_came_from(bank, folder):
+    whole = ExpertBank.from_pretrained(folder)
+    before = logits(bank, "math")
+    bank.add("code", folder / "code", label="programs", description="small functions")
+    bank.add("second", str(folder / "extra"))
+    assert bank.experts["code"] == ExpertEntry("programs", "small functions")
+    assert bank.experts["second"] == ExpertEntry("second")
+    assert torch.equal(logits(bank, "code"), logits(whole, "code"))
+    assert torch.equal(logits(bank, "second"), logits(whole, "extra"))
+    assert torch.equal(logits(bank, "math"), before)
+    mixed = {"math": 0.5, "code": 0.5}
+    assert torch.equal(logits(bank, mixed), logits(whole, mixed))
+    assert not any(p.requires_grad for n, p in bank.model.named_parameters() if ".code." in n)
+    assert bank.model.active_adapters == ["math"]
+
+
+def test_an_adapter_in_the_model_becomes_an_expert_or_the_classifier(bank, folder):
+    bank.model.load_adapter(folder / "code", adapter_name="code")
+    bank.add("code", label="programs")
+    assert bank.experts["code"].label == "programs"
+    bank.add_classifier("extra", folder / "extra")
+    assert bank.classifier == "extra"
+    with pytest.raises(ExpertBankError, match="has a classifier, 'extra'; remove it first"):
+        bank.add_classifier("other", folder / "extra")
+    bank.remove("extra")
+    assert bank.classifier is None and "extra" not in bank.model.peft_config
+
+
+def test_pipeline_and_dispatcher_follow_the_bank(bank, folder):
+    pipe = Transformer2Pipeline(bank, max_new_tokens=2)
+    assert set(pipe("x")[0]["scores"]) == {"math", "others"}
+    bank.add("code", folder / "code", label="programs")
+    (record,) = pipe("x")
+    assert set(record["scores"]) == {"math", "programs", "others"}
+    assert pipe("x", expert="code")[0]["expert"] == "code"
+    bank.remove("code")
+    assert set(pipe("x")[0]["scores"]) == {"math", "others"}
+    with pytest.raises(ValueError, match="Unknown expert 'code'"):
+        pipe("x", expert="code")
+
+
+def test_a_bank_without_experts_takes_its_first_and_a_pipeline_on_it_goes_on(tiny_llama, character_tokenizer, folder):
+    whole = ExpertBank.from_pretrained(folder)
+    bank = ExpertBank(tiny_llama(vocab_size=100, max_position_embeddings=512), character_tokenizer)
+    pipe = Transformer2Pipeline(bank, max_new_tokens=4)
+    others = pipe("x")[0]["generated_text"]
+    bank.add("code", folder / "code")
+    reference = Transformer2Pipeline(whole, max_new_tokens=4)
+    beams = {"expert": "code", "num_beams": 2, "num_return_sequences": 2}
+    assert pipe("x", **beams) == reference("x", **beams)
+    assert pipe("x", expert="others")[0]["generated_text"] == others
+
+
+def test_a_removed_expert_is_gone_and_the_others_are_as_before(folder, tmp_path):
+    bank = ExpertBank.from_pretrained(folder)
+    before = {name: logits(bank, name) for name in ("math", "extra", "others")}
+    flags = {name: p.requires_grad for name, p in bank.model.named_parameters()}
+    bank.model.set_adapter("code", inference_mode=True)
+    bank.remove("code")
+    assert list(bank.experts) == ["math", "extra"] and "code" not in bank.model.peft_config
+    assert not any(".code." in name for name, _ in bank.model.named_parameters())
+    assert {n: p.requires_grad for n, p in bank.model.named_parameters()}.items() <= flags.items()
+    for name, expected in before.items():
+        assert torch.equal(logits(bank, name), expected)
+    saved = bank.save_pretrained(tmp_path / "saved", include_base=True)
+    assert list(ExpertBank.from_pretrained(saved).experts) == ["math", "extra"]
+
+
+def test_after_the_last_expert_the_base_model_is_left_and_another_may_come(bank, folder):
+    before = logits(bank, "others")
+    math = logits(bank, "math")
+    bank.remove("math")
+    assert bank.experts == {}
+    assert torch.equal(logits(bank, "others"), before)
+    bank.add("math", folder / "math")
+    assert torch.equal(logits(bank, "math"), math)
+
+
+def damage(path: Path, how: str) -> None:
+    if how == "missing":
+        (path / "adapter_model.safetensors").unlink()
+    elif how == "broken":
+        (path / "adapter_model.safetensors").write_bytes(b"x")
+    else:
+        (path / "adapter_config.json").write_text("{")
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["beside an expert", "as the first"])
+@pytest.mark.parametrize("how", ["missing", "broken", "config"])
+def test_a_damaged_expert_is_refused_and_nothing_changes(bank, folder, tiny_llama, character_tokenizer, how, plain):
+    if plain:
+        bank = ExpertBank(tiny_llama(vocab_size=100, max_position_embeddings=512), character_tokenizer)
+    damage(folder / "code", how)
+    before = state(bank)
+    with pytest.raises(ExpertBankError, match=r"code"):
+        bank.add("code", folder / "code")
+    assert same(state(bank), before)
+
+
+def test_an_expert_of_another_base_or_kind_is_refused_and_nothing_changes(
+    bank, folder, tiny_llama, add_experts, character_tokenizer, tmp_path
+):
+    other = add_experts(tiny_llama(seed=1, vocab_size=100, max_position_embeddings=512))
+    other.save_pretrained(tmp_path / "other")
+    lora = get_peft_model(tiny_llama(vocab_size=100), LoraConfig(r=2, target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "lora")
+    before = state(bank)
+    for source, message in (
+        (tmp_path / "other" / "math", "belongs to another base model"),
+        (tmp_path / "lora", "is of type LORA"),
+        (tmp_path / "nowhere", "no such folder"),
+        ("nowhere", "no such folder"),
+    ):
+        with pytest.raises(ExpertBankError, match=message):
+            bank.add("new", source)
+    assert same(state(bank), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("math", {}, "has 'math' already"),
+        ("others", {}, "cannot name an expert"),
+        ("a/b", {}, "cannot name an expert"),
+        ("new", {"label": "math"}, "a label is unique"),
+        ("new", {"label": " "}, "a label is unique"),
+        ("lora", {}, "already: call add"),
+    ],
+)
+def test_names_and_labels_that_are_taken_are_refused_and_nothing_changes(bank, folder, name, options, message):
+    bank.model.add_adapter("lora", SVFConfig())
+    before = state(bank)
+    with pytest.raises(ExpertBankError, match=message):
+        bank.add(name, folder / "code", **options)
+    assert same(state(bank), before)
+
+
+def test_what_is_not_there_cannot_be_named_or_removed(bank):
+    with pytest.raises(ExpertBankError, match="'code' is no SVF adapter of the model"):
+        bank.add("code")
+    with pytest.raises(ExpertBankError, match="no 'code' to remove; it has 'math'"):
+        bank.remove("code")
+
+
+def test_merged_weights_are_no_base_to_add_to_or_remove_from(bank, folder):
+    bank.model.merge_adapter(["math"])
+    for change in (lambda: bank.add("code", folder / "code"), lambda: bank.remove("math")):
+        with pytest.raises(ExpertBankError, match=r"math is merged .* unmerge_adapter\(\)"):
+            change()
+    bank.model.unmerge_adapter()
+    bank.add("code", folder / "code")
+
+
+def test_an_expert_of_other_layers_is_added_to_the_layers_it_knows(bank, tiny_llama, character_tokenizer, tmp_path):
+    base = tiny_llama(vocab_size=100, max_position_embeddings=512)
+    model = get_peft_model(base, SVFConfig(target_modules=["lm_head"], init_weights=False), adapter_name="head")
+    model.save_pretrained(tmp_path)
+    head = ExpertBank(model, character_tokenizer)
+    bank.add("head", tmp_path / "head")
+    assert torch.equal(logits(bank, "head"), logits(head, "head"))
+    shutil.rmtree(tmp_path / "head")
+    bank.remove("head")
+    with pytest.raises(ValueError, match="Unknown expert 'head'"):
+        logits(bank, "head")
