@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_svf import ExpertBank, PromptDispatcher, SVFConfig
+from peft_svf.dispatch import ClassifierDispatcher
 from peft_svf.dispatch.label_scoring import LabelScorer
 from peft_svf.dispatch.route import user_text
 from peft_svf.playground import BANK_FOLDER
@@ -92,6 +93,13 @@ def measure(model: Any, dispatcher: PromptDispatcher, task: Task, rows: Dataset)
     return Routing(evaluate(model, tokenizer, task, rows).successes, scored)
 
 
+def rightly_routed(dispatcher: PromptDispatcher, rows: Dataset) -> list[bool]:
+    """Whether each prompt got the expert of its label."""
+    chosen = dispatcher.route([requests_of(prompt) for prompt in rows["prompt"]]).chosen()
+    expert_of = dispatcher.bank.labels
+    return [expert_of.get(answer, answer) == name for answer, name in zip(rows["answer"], chosen, strict=True)]
+
+
 def requests_of(prompt: Any) -> str:
     """The request inside a prompt of the routing task, which the scorer puts behind the instruction itself."""
     return user_text(prompt)
@@ -111,10 +119,8 @@ def main() -> None:
     dispatcher = PromptDispatcher(bank, instruction=own)
     task = routing_task(SOURCES, instruction=dispatcher.instruction, tokenizer=bank.tokenizer)
     rows = task.load("test", arguments.test_prompts)
-    chosen = dispatcher.route([requests_of(prompt) for prompt in rows["prompt"]]).chosen()
-    right = [bank.labels.get(answer, answer) == name for answer, name in zip(rows["answer"], chosen, strict=True)]
     print(f"Routing {len(rows)} held-out prompts with {dispatcher.instruction!r}")
-    print(f"The bank's dispatcher as it is: {share(right)}")
+    print(f"The bank's dispatcher as it is: {share(rightly_routed(dispatcher, rows))}")
 
     trainer = train_routing_expert(task, arguments.output, arguments.steps, arguments.seed)
     with trainer.model.disable_adapter():
@@ -124,7 +130,9 @@ def main() -> None:
         print("No checkpoint was better than the base model on the validation prompts: the expert is not saved")
     else:
         trainer.save_model(arguments.output)
-        print(f"The expert is in {arguments.output}")
+        classifier = ClassifierDispatcher(bank, arguments.output, instruction=dispatcher.instruction)
+        print(f"The bank's dispatcher under the expert: {share(rightly_routed(classifier, rows))}")
+        print(f"The expert is in {arguments.output}; ClassifierDispatcher(bank, that folder) routes by it")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def register_pipelines() -> None:
     )
     for pipeline_class in (Transformer2Pipeline, Transformer2ImageTextToTextPipeline):
         # It would make Pipeline.save_pretrained write `custom_pipelines` and copies of our code into users' folders
-        del pipeline_class._registered_impl
+        delattr(pipeline_class, "_registered_impl")
 
 
 class _NoDefault(dict):

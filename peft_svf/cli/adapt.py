@@ -59,8 +59,8 @@ def run_adapt(arguments: argparse.Namespace) -> None:
         OSError: If data or folders cannot be read or written.
         SystemExit: After Ctrl-C in the search, which the same command goes on with.
     """
-    settings = search_settings(arguments)
     check_arguments(arguments)
+    settings = search_settings(arguments)
     check_bank_arguments(arguments)
     task = find_task(arguments.task or str(arguments.examples))
     if arguments.max_new_tokens is not None:
@@ -95,7 +95,7 @@ def run_adapt(arguments: argparse.Namespace) -> None:
 
 
 def search_settings(arguments: argparse.Namespace) -> SearchSettings:
-    """What the arguments change of the paper's settings, or of the light ones."""
+    """What the arguments change of the paper's settings, or of the light ones; raises if an optimizer refuses them."""
     asked = {
         "examples": arguments.prompts,
         "population": arguments.population,
@@ -104,7 +104,9 @@ def search_settings(arguments: argparse.Namespace) -> SearchSettings:
         "seed": arguments.seed,
     }
     preset = SearchSettings.light if arguments.light else SearchSettings.paper
-    return preset(**{name: value for name, value in asked.items() if value is not None})
+    settings = preset(**{name: value for name, value in asked.items() if value is not None})
+    settings.make_optimizer(MixtureSpace(("one", "other")).start)  # of any space: it checks the numbers
+    return settings
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

@@ -105,7 +105,7 @@ class RoutingTemplate:
         with self._lock:
             return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
-    def _apply(self, messages: list[dict[str, str]], **options: bool) -> str:
+    def _apply(self, messages: list[dict[str, str]], **options: Any) -> str:
         chat: list[Any] = list(messages)
         if self._in_parts:
             chat = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]

@@ -46,10 +46,21 @@ _LAYER = re.compile(r".*?\.\d+(?=\.)")  # of a module's name, up to the number o
 class RouteWeights(Protocol):
     """What a bank needs to know of a [`~peft_svf.dispatch.Route`]."""
 
-    weights: torch.Tensor  # (B, K) or (B, G, K)
-    experts: tuple[str, ...]
-    groups: tuple[str, ...]
-    residual: bool
+    @property
+    def weights(self) -> torch.Tensor:
+        """Shape (B, K) or (B, G, K)."""
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The K experts."""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The G groups of matrices, if the weights have any."""
+
+    @property
+    def residual(self) -> bool:
+        """Whether the base model has the rest of the weight."""
 
 
 class ExpertBank:
@@ -293,11 +304,15 @@ class ExpertBank:
             known = ", ".join(f"'{adapter}'" for adapter in [*self.experts, self.classifier] if adapter)
             raise ExpertBankError(f"The bank has no '{name}' to remove; it has {known or 'no experts'}.")
         self._refuse_merged()
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        with warnings.catch_warnings(action="ignore"):  # PEFT: another adapter is active now
-            self.model.delete_adapter(name)
-        for parameter, flag in flags:  # PEFT makes that one trainable
-            parameter.requires_grad_(flag)
+        if len(self.model.peft_config) == 1:
+            self.model = self.model.unload()  # no PeftModel computes without an adapter
+        else:
+            flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT: another adapter is active now
+                self.model.delete_adapter(name)
+            for parameter, flag in flags:  # PEFT makes that one trainable
+                parameter.requires_grad_(flag)
         if name == self.classifier:
             self.classifier = None
         self.experts = {expert: entry for expert, entry in self.experts.items() if expert != name}

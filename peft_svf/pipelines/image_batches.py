@@ -37,7 +37,9 @@ class BatchedImageTextToTextPipeline(ImageTextToTextPipeline):
     processor, which ignores them.
     """
 
-    def _sanitize_parameters(
+    processor: Any  # never None
+
+    def _sanitize_parameters(  # type: ignore[override]
         self, generate_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> tuple[dict, dict, dict]:
         of_pipeline = {
@@ -65,17 +67,18 @@ class BatchedImageTextToTextPipeline(ImageTextToTextPipeline):
         self, inputs: str | Chat | ImageQuestion, timeout: float | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Render one prompt and load its images."""
-        prompt: Any = inputs.text if isinstance(inputs, ImageQuestion) else inputs
-        messages = _with_parts(prompt.messages) if isinstance(prompt, Chat) else _user_message(inputs)
+        prompt: str | Chat = inputs.text if isinstance(inputs, ImageQuestion) else inputs
+        messages = _with_parts(_messages(inputs)) if isinstance(inputs, Chat) else _user_message(inputs)
         images = _load_images(messages, timeout)
         if self.processor.chat_template is None:
             parts = [part for message in messages for part in message["content"]]
             rendered = "".join(part["text"] for part in parts if part["type"] == "text")
         else:
             rendered = self._render(messages, **kwargs)
-        if isinstance(prompt, Chat) and isinstance(prompt.messages[-1]["content"], str):
+        if isinstance(prompt, Chat) and _messages(prompt)[-1]["role"] == "assistant":
             # transformers continues a last message only if it consists of parts
-            prompt = Chat([*prompt.messages[:-1], *_with_parts(prompt.messages[-1:])])  # type: ignore[arg-type]
+            *before, last = _messages(prompt)
+            prompt = Chat([*before, *_with_parts([last])])  # type: ignore[arg-type]
         return {"prompt_text": prompt, "rendered": rendered, "images": images}
 
     def _render(
@@ -145,6 +148,10 @@ def _generation_arguments(model: Any) -> set[str]:
     fields |= {"tokenizer", "assistant_tokenizer"}  # for stop_strings and assistants
     arguments = {*inspect.signature(GenerationMixin.generate).parameters, *inspect.signature(inner.forward).parameters}
     return fields | arguments - {"self", "kwargs", "inputs"}
+
+
+def _messages(chat: Chat) -> list[dict[str, Any]]:
+    return list(chat.messages)  # transformers' annotation says dict
 
 
 def _user_message(question: str | ImageQuestion) -> list[dict[str, Any]]:

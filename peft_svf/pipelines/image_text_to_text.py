@@ -62,7 +62,7 @@ class Transformer2ImageTextToTextPipeline(RoutingMixin, BatchedImageTextToTextPi
     ```
     """
 
-    _load_processor = False  # the bank has it
+    _load_processor: Any = False  # the bank has it
     _default_generation_config = GenerationConfig(max_new_tokens=256, do_sample=False)
 
     def __init__(self, model: Any, processor: Any = None, dispatcher: Any = None, **kwargs: Any) -> None:
@@ -74,12 +74,13 @@ class Transformer2ImageTextToTextPipeline(RoutingMixin, BatchedImageTextToTextPi
         super().__init__(bank, dispatcher=dispatcher, processor=bank.processor, **kwargs)
 
     def _as_bank(self, model: Any, tokenizer: Any) -> ExpertBank:
-        bank = as_bank(model, tokenizer)
+        bank: Any = as_bank(model, tokenizer)
         if tokenizer is not None and bank.tokenizer is tokenizer:  # a bank that was given another processor
             bank.tokenizer, bank.processor = tokenizer.tokenizer, tokenizer
         if bank.processor is None:
             raise ValueError("The model has no processor for images; pass processor=..., or use Transformer2Pipeline.")
-        return bank
+        checked: ExpertBank = bank
+        return checked
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """

@@ -65,7 +65,7 @@ class RoutingMixin:
             dispatcher = NAMELESS  # there is no label to choose by, and somebody asked for this adapter
         return as_dispatcher(saved_dispatcher(self.bank) if dispatcher is None else dispatcher, self.bank)
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self, save_directory: str | Path, include_base: bool | None = None, max_shard_size: Any = None
     ) -> Path:
         """

@@ -24,15 +24,23 @@ class RowOffsets(Protocol):
         """The offsets of the U distinct mixtures, shape (U, …, k); `None` if all are the base model."""
 
 
-class BatchesByThread(dict[int, list[RowOffsets]]):
-    """By thread, the mixed batches that it has entered and not left; the last one counts. Empty without a route.
+class BatchesByThread:
+    """By thread, the mixed batches that it has entered and not left; the last one counts.
 
     Copies and pickles are empty, because a route belongs to the model that it was entered on.
+
+    Attributes:
+        in_use (`bool`): Whether any thread has a route. Compiled code depends on this only, not on the threads.
     """
+
+    def __init__(self) -> None:
+        self.in_use = False
+        self._entered: dict[int, list[RowOffsets]] = {}
+        self._lock = threading.Lock()
 
     def current(self) -> RowOffsets | None:
         """The mixed batch that this thread runs, if it runs one."""
-        entered = self.get(threading.get_ident())
+        entered = self._entered.get(threading.get_ident())
         return entered[-1] if entered else None
 
     @contextmanager
@@ -40,14 +48,22 @@ class BatchesByThread(dict[int, list[RowOffsets]]):
         """Let this thread run under `batch`. Generators may leave in another order than they entered."""
         thread = threading.get_ident()  # not asked again: a generator may be closed by another thread
         try:
-            self.setdefault(thread, []).append(batch)
+            with self._lock:
+                self._entered.setdefault(thread, []).append(batch)
+                self.in_use = True
             yield
         finally:
-            entered = self.get(thread, [])
-            if batch in entered:
-                entered.remove(batch)
-            if not entered:
-                self.pop(thread, None)
+            with self._lock:
+                self._leave(thread, batch)
+
+    def _leave(self, thread: int, batch: RowOffsets) -> None:
+        entered = self._entered.get(thread, [])
+        places = [index for index, other in enumerate(entered) if other is batch]
+        if places:
+            del entered[places[-1]]
+        if not entered:
+            self._entered.pop(thread, None)
+        self.in_use = bool(self._entered)
 
     def __reduce__(self) -> tuple[type[BatchesByThread], tuple[()]]:
         return BatchesByThread, ()

@@ -163,9 +163,13 @@ class SVFLayer(BaseTunerLayer):
         strength = self.svf_strength[adapter_name]
         return offset if strength == 1.0 else offset * strength
 
+    def has_mixed_batches(self) -> bool:
+        """Whether any thread runs one."""
+        return self.svf_batches is not None and self.svf_batches.in_use
+
     def mixed_batch(self) -> RowOffsets | None:
         """The mixed batch that this thread runs, if it runs one."""
-        return self.svf_batches.current() if self.svf_batches else None
+        return self.svf_batches.current() if self.has_mixed_batches() else None
 
     def _active_offset(self) -> torch.Tensor | None:
         """Σ offset over the active adapters; `None` if they are disabled, in the base weight or none of this layer."""
@@ -303,7 +307,7 @@ class Linear(nn.Module, SVFLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Shape (..., in) to (..., out), under the mixed batch of this thread or else the active adapters."""
-        if self.svf_batches:  # of any thread; a graph break, if the model is compiled
+        if self.has_mixed_batches():  # a graph break, if the model is compiled
             find = self._uncompiled_offset_for if torch.compiler.is_compiling() else self._offset_for
             offset = find(x)
         else:

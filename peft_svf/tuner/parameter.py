@@ -166,7 +166,7 @@ class ParamWrapper(nn.Module, SVFLayer):
 
     def _current_offset(self) -> torch.Tensor | None:
         """z − 1 of every matrix under the mixed batch of this thread or else the active adapters, (experts, k)."""
-        if not self.svf_batches:
+        if not self.has_mixed_batches():
             return self._active_offset()
         return self._uncompiled_offset() if torch.compiler.is_compiling() else self._offset_of_thread()
 

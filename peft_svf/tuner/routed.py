@@ -86,8 +86,7 @@ def share_batches(model: nn.Module) -> BatchesByThread:
     """Let all adapted layers of `model`, those just added too, see the same mixed batches; tell which see rows."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SVFLayer)}
     shared = (layer.svf_batches for layer in layers.values() if layer.svf_batches is not None)
-    batches = next(shared, None)
-    batches = BatchesByThread() if batches is None else batches  # not `or`: it may be empty
+    batches = next(shared, None) or BatchesByThread()
     text_modules = _text_modules(model)
     for name, layer in layers.items():
         layer.svf_batches = batches

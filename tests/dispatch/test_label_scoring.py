@@ -176,6 +176,7 @@ def test_labels_and_rows_are_split_to_keep_to_the_limits(tiny_llama, character_t
     assert max(logits) <= max(limits.get("max_logits", 10**6), longest_label)
     assert max(tokens) <= limits.get("max_tokens", 10**6)
     assert forwards > len(PROMPTS)
+    assert scorer_is_cached(scorer) == use_cache
     torch.testing.assert_close(scores, brute_force(scorer, PROMPTS), atol=1e-4, rtol=0)
 
 
@@ -231,10 +232,17 @@ def test_attention_without_4d_masks_scores_long_labels_plainly(
     """A function of flash-attention's contract under its name, and names that transformers makes no masks for."""
     scorer = tiny_scorer(tiny_llama, character_tokenizer, labels)
     expected = brute_force(scorer, PROMPTS)
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, attention_of_2d_masks)
+    masks = []
+
+    def attention(*args, **kwargs):
+        masks.append(args[4])
+        return attention_of_2d_masks(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, attention)
     scorer.model.config._attn_implementation = name
     torch.testing.assert_close(scorer(PROMPTS), expected, atol=1e-4, rtol=0)
     assert scorer_is_cached(scorer) == (name == "flash_attention_2" and labels != LABELS)
+    assert {mask.dim() for mask in masks if mask is not None} == ({2} if name == "flash_attention_2" else set())
 
 
 def test_a_change_of_attention_is_noticed(tiny_llama, character_tokenizer):

@@ -157,7 +157,7 @@ def test_threads_share_a_dispatcher_while_the_bank_changes(bank):
 @pytest.fixture
 def large_bank(tiny_llama, character_tokenizer) -> ExpertBank:
     """300 experts on one matrix, without PEFT's 10 ms and more for each."""
-    base = tiny_llama(vocab_size=100, num_hidden_layers=1)
+    base = tiny_llama(vocab_size=100, num_hidden_layers=1, max_position_embeddings=256)
     model = get_peft_model(base, SVFConfig(task_type="CAUSAL_LM", target_modules=["up_proj"]), "skill000")
     layers = [module for module in model.modules() if isinstance(module, SVFLayer)]
     for name in (f"skill{i:03d}" for i in range(1, 300)):

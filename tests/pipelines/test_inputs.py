@@ -36,8 +36,13 @@ def texts(records: list) -> list[str]:
 
 
 @pytest.fixture
+def pipe(bank, dispatcher) -> Transformer2Pipeline:
+    return Transformer2Pipeline(bank, dispatcher=dispatcher, max_new_tokens=3)
+
+
+@pytest.fixture
 def expected(write) -> list[str]:
-    return [write(row["text"], expert) for row, expert in zip(ROWS, EXPERTS, strict=True)]
+    return [write(row["text"], expert, max_new_tokens=3) for row, expert in zip(ROWS, EXPERTS, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +68,9 @@ def test_chats_of_a_dataset(pipe, write):
     chats = [[{"role": "user", "content": row["text"]}] for row in ROWS]
     dataset = datasets.Dataset.from_dict({"messages": chats, "expert": EXPERTS})
     records = list(pipe(dataset, batch_size=3, return_full_text=False))
-    assert texts(records) == [write(row["text"], expert) for row, expert in zip(ROWS, EXPERTS, strict=True)]
+    assert texts(records) == [
+        write(row["text"], expert, max_new_tokens=3) for row, expert in zip(ROWS, EXPERTS, strict=True)
+    ]
     assert [record["expert"] for (record,) in pipe(KeyDataset(dataset, "messages"))] == ["math", "others", "others"]
 
 
@@ -85,7 +92,7 @@ def test_a_dataset_that_cannot_be_read_names_the_remedy(pipe, inputs, error, mes
 
 
 def test_a_pipeline_may_be_chosen_by_its_class(bank, dispatcher, expected):
-    kwargs = {"pipeline_class": Transformer2Pipeline, "dispatcher": dispatcher, "max_new_tokens": 8}
+    kwargs = {"pipeline_class": Transformer2Pipeline, "dispatcher": dispatcher, "max_new_tokens": 3}
     pipe = pipeline("text-generation", model=bank.model, tokenizer=bank.tokenizer, **kwargs)
     assert texts(pipe(ROWS, batch_size=3)) == expected
 
@@ -98,11 +105,11 @@ def test_a_generation_config_of_the_call_replaces_the_settings_of_construction(b
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_returned_sequences_of_a_generation_config_stay_with_their_prompt(pipe, write, batch_size):
-    config = GenerationConfig(max_new_tokens=8, num_beams=3, num_return_sequences=3, do_sample=False)
+    config = GenerationConfig(max_new_tokens=3, num_beams=3, num_return_sequences=3, do_sample=False)
     records = pipe(ROWS, batch_size=batch_size, generation_config=config)
     assert [len(r) for r in records] == [3, 3, 3]
     assert [r[0]["generated_text"] for r in records] == [
-        write(row["text"], expert, num_beams=3) for row, expert in zip(ROWS, EXPERTS, strict=True)
+        write(row["text"], expert, num_beams=3, max_new_tokens=3) for row, expert in zip(ROWS, EXPERTS, strict=True)
     ]
 
 
@@ -168,11 +175,11 @@ def test_a_text_is_a_user_message_here_and_a_text_to_be_continued_there(tokens_o
 def test_an_answer_that_was_begun_is_continued_without_a_chat_template(pipe, bank, write):
     bank.tokenizer.chat_template = None
     question, begun = {"role": "user", "content": "math: 2+2?"}, {"role": "assistant", "content": "It is"}
-    answer = write("math: 2+2?\nIt is", "math", as_chat=False)
+    answer = write("math: 2+2?\nIt is", "math", as_chat=False, max_new_tokens=3)
     (record,) = pipe([question, begun], expert="math")
     assert record["generated_text"] == [question, {"role": "assistant", "content": "It is" + answer}]
     (record,) = pipe([question], expert="math")
-    assert record["generated_text"][-1]["content"] == write("math: 2+2?\n", "math", as_chat=False)
+    assert record["generated_text"][-1]["content"] == write("math: 2+2?\n", "math", as_chat=False, max_new_tokens=3)
 
 
 def test_the_playground_answers_as_in_evaluation():
@@ -180,12 +187,15 @@ def test_the_playground_answers_as_in_evaluation():
     chats = [
         [{"role": "user", "content": problem.prompt}]
         for family in ("math", "code", "reasoning")
-        for problem in generate_problems(family, "test", 4, seed=1)
+        for problem in generate_problems(family, "test", 2, seed=1)
     ]
-    pipe = Transformer2Pipeline(bank, max_new_tokens=24)
-    generator = AnswerGenerator(bank.model, bank.tokenizer, 24, 0.0, {})
-    for expert in ("math", "code", "others"):
-        records = pipe(chats, expert=expert, batch_size=12, return_full_text=False)
+    pipe = Transformer2Pipeline(bank, max_new_tokens=16)
+    generator = AnswerGenerator(bank.model, bank.tokenizer, 16, 0.0, {})
+    answers = set()
+    for expert in ("math", "others"):
+        records = pipe(chats, expert=expert, batch_size=6, return_full_text=False)
         with generator.ready(seed=0), bank.routed(expert):
             expected = generator.answers([generator.render(chat) for chat in chats], chats)
         assert texts(records) == expected
+        answers.add(tuple(expected))
+    assert len(answers) == 2

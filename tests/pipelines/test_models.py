@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,15 +84,12 @@ def moved_bases(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return moved
 
 
-@pytest.mark.parametrize("form", ["pipeline", "class", "injected model"])
+@pytest.mark.parametrize("form", ["pipeline", "class"])
 def test_an_adapter_repository_answers_as_in_the_ordinary_pipeline(
     adapter, ordinary_answers, playground, moved_bases, form
 ):
-    if form == "class":
-        pipe = Transformer2Pipeline(adapter, max_new_tokens=12)
-    else:
-        model = adapter if form == "pipeline" else AutoModelForCausalLM.from_pretrained(adapter)
-        pipe = pipeline(TASK, model=model, max_new_tokens=12)
+    make = Transformer2Pipeline if form == "class" else partial(pipeline, TASK)
+    pipe = make(model=adapter, max_new_tokens=12)
     assert moved_bases == [[]]
     assert isinstance(pipe.model, PeftModel)
     records = pipe(PROMPTS, batch_size=2)
@@ -122,9 +120,9 @@ def test_several_adapters_in_a_plain_model_become_experts(playground):
         model.load_adapter(str(BANK_FOLDER / name), adapter_name=name)
     pipe = pipeline(TASK, model=model, dispatcher="others", max_new_tokens=12)
     prompts = [{"text": QUESTION, "expert": name} for name in ("math", "reasoning", "others")]
-    assert texts(pipe(prompts, batch_size=3)) == texts(
-        Transformer2Pipeline(playground, max_new_tokens=12)(prompts, batch_size=3)
-    )
+    answers = texts(pipe(prompts, batch_size=3))
+    assert answers == texts(Transformer2Pipeline(playground, max_new_tokens=12)(prompts, batch_size=3))
+    assert len(set(answers)) == 3
     assert not any(parameter.requires_grad for parameter in pipe.model.parameters())
 
 
@@ -196,8 +194,8 @@ def test_an_assistant_model_changes_the_speed_and_not_the_answer(playground, exp
     assistant = AutoModelForCausalLM.from_pretrained(BANK_FOLDER / "base")
     calls = []
     assistant.register_forward_hook(lambda *_: calls.append(1))
-    pipe = Transformer2Pipeline(playground, assistant_model=assistant, max_new_tokens=12)
-    plain = Transformer2Pipeline(playground, max_new_tokens=12)
+    pipe = Transformer2Pipeline(playground, assistant_model=assistant, max_new_tokens=8)
+    plain = Transformer2Pipeline(playground, max_new_tokens=8)
     assert pipe(QUESTION, expert=expert) == plain(QUESTION, expert=expert)
     assert calls
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from transformers import (
 
 from peft_svf import ExpertBank
 from peft_svf.answering import plain_prompt
+from peft_svf.dispatch import Route
 from peft_svf.playground import BANK_FOLDER
 from peft_svf.trainers.evaluation import Evaluation, evaluate, evaluate_success, greedy_answers
 from peft_svf.trainers.rewards import Verdict, reward_function
@@ -260,6 +261,57 @@ def test_samples_follow_their_seed_and_belong_to_their_prompts(bank: ExpertBank)
     assert len(first.answers) == 24 and first.prompts == 6
     assert any(len(set(first.answers[i : i + 4])) > 1 for i in range(0, 24, 4))
     assert cold.answers == [answer for answer in greedy.answers for _ in range(2)]
+
+
+# -- under a dispatcher -----------------------------------------------------------------------------------------------
+class ByLength:
+    """Routes by the length of the prompt to one expert, to another or to a mixture, and counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def route(self, prompts: Sequence[Any]) -> Route:
+        texts = [prompt[-1]["content"] for prompt in prompts]
+        self.asked += texts
+        weights = {0: [1.0, 0.0], 1: [0.0, 1.0], 2: [0.0, 0.0], 3: [0.5, 0.5]}
+        scores = tuple({"length": float(len(text))} for text in texts)
+        return Route(torch.tensor([weights[len(text) % 4] for text in texts]), ("math", "code"), scores)
+
+
+def test_each_row_is_answered_under_the_route_of_its_prompt(bank: ExpertBank, math: Task) -> None:
+    rows = math.load("test", 14)
+    lengths = [len(prompt[-1]["content"]) for prompt in rows["prompt"]]
+    found = evaluate(bank, bank.tokenizer, math, rows, 5, dispatcher=ByLength())
+    names = ["math", "code", "others", "mixture"]
+    assert found.experts == [names[length % 4] for length in lengths] and len(set(found.experts)) > 2
+    assert [score["length"] for score in found.route.scores] == lengths
+    for kind, route in enumerate(["math", "code", "others", {"math": 0.5, "code": 0.5}]):
+        with bank.routed(route):
+            alone = evaluate(bank.model, bank.tokenizer, math, rows)
+        for row in (row for row, length in enumerate(lengths) if length % 4 == kind):
+            assert (found.answers[row], found.rewards[row]) == (alone.answers[row], alone.rewards[row])
+    with bank.base_only() as model:
+        plain = evaluate(model, bank.tokenizer, math, rows)
+    assert plain.route is None and plain.experts is None and plain.answers != found.answers
+
+
+def test_a_dispatcher_is_asked_once_for_all_samples_of_a_prompt(bank: ExpertBank, math: Task) -> None:
+    rows, dispatcher = math.load("test", 4), ByLength()
+    found = evaluate(bank, bank.tokenizer, math, rows, dispatcher=dispatcher, temperature=1.0, samples=3)
+    assert sorted(dispatcher.asked) == sorted(prompt[-1]["content"] for prompt in rows["prompt"])
+    assert len(found.answers) == 12 and len(found.route) == 4
+
+
+def test_bank_and_dispatcher_belong_together(bank: ExpertBank, math: Task) -> None:
+    rows = math.load("test", 3)
+    with pytest.raises(ValueError, match="pass the `ExpertBank` as the model"):
+        evaluate(bank.model, bank.tokenizer, math, rows, dispatcher=ByLength())
+    with pytest.raises(ValueError, match="A bank is evaluated under a `dispatcher`"):
+        evaluate(bank, bank.tokenizer, math, rows)
+    short = ByLength()
+    short.route = lambda prompts: Route.mixture({"math": 1.0})  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="was given 3 prompts and routed 1"):
+        evaluate(bank, bank.tokenizer, math, rows, dispatcher=short)
 
 
 # -- the result -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from peft_svf.tuner.mixed_batch import MixedBatch
 Build = Callable[..., LlamaForCausalLM]
 IDS = torch.randint(3, 97, (4, 6), generator=torch.Generator().manual_seed(0))
 WEIGHTS = torch.tensor([[0.3, 0.7], [0.0, 0.0], [1.0, 0.0], [-0.5, 1.2]])
-GREEDY: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5}
+GREEDY: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4}
 
 
 def with_adapters(base: nn.Module, **settings: Any) -> PeftModel:
@@ -62,7 +62,7 @@ def routed(model: PeftModel, **settings: Any) -> Iterator[None]:
     before = set(vars(model.get_base_model()))
     with model.base_model.routed(batch(**settings)):
         yield
-    assert set(vars(model.get_base_model())) == before and not model.base_model.svf_batches
+    assert set(vars(model.get_base_model())) == before and not model.base_model.svf_batches.in_use
 
 
 def row_by_row(model: PeftModel, ids: torch.Tensor = IDS, **settings: Any) -> torch.Tensor:
@@ -80,25 +80,20 @@ WAYS: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3},
     "beams and returned sequences": {"num_beams": 3, "num_return_sequences": 2},
     "returned sequences": {"num_return_sequences": 3, "do_sample": True, "top_k": 1},
-    "beam sampling": {"num_beams": 2, "do_sample": True, "top_k": 1},
     "static cache": {"cache_implementation": "static"},
     "without a cache": {"use_cache": False},
 }
 
 
-@pytest.mark.parametrize("through", ["PeftModel", "base model", "disabled adapters"])
 @pytest.mark.parametrize("way", WAYS)
-def test_each_row_gets_what_it_gets_alone(model: PeftModel, way: str, through: str) -> None:
+def test_each_row_gets_what_it_gets_alone(model: PeftModel, way: str) -> None:
     expected = row_by_row(model, **WAYS[way])
-    if through == "disabled adapters":  # a matter of all threads, not of this one
-        with model.disable_adapter(), routed(model):
-            found = model.generate(IDS, **GREEDY, **WAYS[way])
-    else:
-        with routed(model):
-            place = model if through == "PeftModel" else model.get_base_model()
-            found = place.generate(IDS, **GREEDY, **WAYS[way])
-    assert torch.equal(found, expected)
-    assert len({tuple(row) for row in found.tolist()}) >= 4  # the rows do differ
+    assert len({tuple(row) for row in expected.tolist()}) >= 4  # the rows do differ
+    with routed(model):
+        for place in (model, model.get_base_model()):
+            assert torch.equal(place.generate(IDS, **GREEDY, **WAYS[way]), expected)
+        with model.disable_adapter():  # a matter of all threads, not of this one
+            assert torch.equal(model.generate(IDS, **GREEDY, **WAYS[way]), expected)
 
 
 def t5() -> nn.Module:
@@ -132,10 +127,11 @@ def test_other_architectures(build: Callable[[], nn.Module], settings: dict[str,
             assert torch.equal(model.generate(encoder_outputs=outputs, **GREEDY, **settings), expected)
 
 
-def test_sampling_draws_as_with_the_mixture_alone(model: PeftModel) -> None:
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["sampling", "beam sampling"])
+def test_sampling_draws_as_with_the_mixture_alone(model: PeftModel, settings: dict[str, Any]) -> None:
     def sample() -> torch.Tensor:
         torch.manual_seed(3)
-        return model.generate(IDS, do_sample=True, top_k=0, num_return_sequences=2, **GREEDY)
+        return model.generate(IDS, do_sample=True, top_k=0, num_return_sequences=2, **GREEDY, **settings)
 
     model.set_adapter("row3")
     expected = sample()
@@ -182,7 +178,6 @@ def test_embeddings_and_a_cache_of_the_first_tokens(model: PeftModel) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "PeftModel", "its base model", "prompt lookup", "early exit"])
 def test_an_assistant_keeps_its_own_adapter(model: PeftModel, tiny_llama: Build, kind: str) -> None:
-    expected = row_by_row(model)
     assistant = with_adapters(tiny_llama(seed=5)) if kind in ("PeftModel", "its base model") else None
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     if assistant is not None:
@@ -195,15 +190,14 @@ def test_an_assistant_keeps_its_own_adapter(model: PeftModel, tiny_llama: Build,
         "prompt lookup": {"prompt_lookup_num_tokens": 2},
         "early exit": {"assistant_early_exit": 1},
     }[kind]
-    for row in range(4):
+    for row in (0, 3):
         with model.base_model.routed(batch([row])):
-            found = model.generate(IDS[row : row + 1], **GREEDY, **settings)
-        assert torch.equal(found[0], expected[row])
+            expected = model.generate(IDS[row : row + 1], **GREEDY)
+            assert torch.equal(model.generate(IDS[row : row + 1], **GREEDY, **settings), expected)
     if assistant is not None:
-        assert assistant.active_adapter == "b" and len(pairs) > 4
-        pairs_before = list(pairs)
-        for x, output in pairs_before:
-            assert torch.equal(layer(x), output)
+        assert assistant.active_adapter == "b" and len(pairs) > 2
+        for x, output in list(pairs):
+            assert torch.equal(layer(x), output)  # the active adapter
 
 
 # A wrong number of rows

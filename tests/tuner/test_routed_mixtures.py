@@ -149,7 +149,7 @@ def test_a_matrix_without_a_group_is_named_before_anything_runs(model: PeftModel
         model.base_model.routed(batch),
     ):
         pytest.fail("entered")
-    assert not model.base_model.svf_batches
+    assert not model.base_model.svf_batches.in_use
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -239,7 +239,7 @@ def test_gradients_of_a_routed_forward_are_those_of_the_adapter(model: PeftModel
             with torch.enable_grad():
                 loss = model.base_model.model(IDS).logits.square().mean()
                 gradients = torch.autograd.grad(loss, list(weights.values()))
-    name, parameter = next(iter(weights.items()))
+    parameter = next(iter(weights.values()))
     step = 1e-3
     losses = []
     for sign in (1, -1):

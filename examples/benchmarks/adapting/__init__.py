@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from adapting import first_pass, mixed_batch
+from adapting import first_pass, generation_of_candidates, mixed_batch, routing
 from adapting.setting import Setting
 
 
 PARTS: dict[str, Callable[[Setting], Iterator[str]]] = {
     "first-pass": first_pass.measure,
     "mixed-batch": mixed_batch.measure,
+    "cem": generation_of_candidates.measure,
+    "routing": routing.measure,
 }

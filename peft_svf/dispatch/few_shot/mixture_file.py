@@ -48,11 +48,13 @@ def save_mixture(bank: ExpertBank, route: Route, folder: Path) -> None:
         (folder / name / file).rename(folder / file)
     (folder / name).rmdir()
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's stock card
-    _name_base(folder / "adapter_config.json", str(bank.base_model.config._name_or_path))
+    _complete_config(folder / "adapter_config.json", str(bank.base_model.config._name_or_path))
 
 
-def _name_base(path: Path, base: str) -> None:
-    """Let the config name the checkpoint of the base model here, not what an expert's own file said."""
+def _complete_config(path: Path, base: str) -> None:
+    """Name the checkpoint of the base model here, not what an expert's own file said; the same file every time."""
     config = json.loads(path.read_text("utf-8"))
     config["base_model_name_or_path"] = str(Path(base).absolute()) if Path(base).is_dir() else base or None
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()  # a set before
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")

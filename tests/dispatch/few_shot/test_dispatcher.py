@@ -15,8 +15,16 @@ from transformers import AutoModelForCausalLM
 
 from peft_svf import ExpertBank
 from peft_svf.cli import main
-from peft_svf.dispatch.few_shot import AdaptationExamplesError, FewShotDispatcher, MixtureSpace, SearchSettings
+from peft_svf.dispatch.few_shot import (
+    Adaptation,
+    AdaptationExamplesError,
+    FewShotDispatcher,
+    MixtureSpace,
+    SearchSettings,
+    SearchStateError,
+)
 from peft_svf.dispatch.few_shot.examples import as_examples, prompt_hash, row_hashes
+from peft_svf.dispatch.few_shot.population import Population
 from peft_svf.playground import BANK_FOLDER
 from peft_svf.trainers.evaluation import evaluate
 from peft_svf.trainers.tasks import Task, get_task
@@ -83,34 +91,36 @@ def test_references_are_the_scores_of_base_and_single_experts(
     assert found == expected and len(set(found.values())) > 1
 
 
-def test_cross_validation_chooses_and_a_search_is_seeded_and_resumed(
-    bank: ExpertBank, task: Task, examples: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def odd(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Right or wrong like tossing a coin, but always the same of the same answer."""
+    return [1.0 if sum(map(ord, completion[0]["content"])) % 2 else -1.0 for completion in completions]
+
+
+def test_cross_validation_chooses_and_searches_are_seeded_and_resumed(
+    bank: ExpertBank, examples: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spaces = [*one(), *one(normalized=False)]
+    calls = []
+    outcomes = Population.outcomes
+    monkeypatch.setattr(Population, "outcomes", lambda *args: calls.append(args) or outcomes(*args))
 
-    def dispatcher(**options: Any) -> FewShotDispatcher:
-        settings = SearchSettings(iterations=2, population=10, seed=3, patience=0)
-        options = {"settings": settings, "configurations": spaces, "folds": 2, **options}
-        return FewShotDispatcher(bank, examples, task=task, validation_iterations=1, **options)
+    def adapt(folder: Path | None, seed: int = 3, max_new_tokens: int = 2) -> Adaptation:
+        calls.clear()
+        settings = SearchSettings(iterations=2, population=10, seed=seed, patience=0, collapse_tolerance=0.0)
+        options: Any = {"settings": settings, "configurations": spaces, "folds": 2, "validation_iterations": 1}
+        return FewShotDispatcher(bank, examples, odd, max_new_tokens, **options).adapt(folder, progress=False)
 
-    result = dispatcher().adapt(tmp_path / "state", progress=False)
+    result = adapt(tmp_path)
+    assert len(calls) == 4 * (1 + 1) + 2 + 1  # searches and judging of two spaces in two folds; the search; references
     assert [score.space for score in result.cross_validation.scores] == spaces
     assert result.search.space == result.cross_validation.chosen
     assert "2-fold cross-validation on the examples alone" in result.statement
-    again = dispatcher()
-    monkeypatch.setattr(again._population, "_answer", None)  # everything but the references is in the folder
-    monkeypatch.setattr(again, "_references", dict)
-    judged = {score.space: score for score in result.cross_validation.scores}
-    monkeypatch.setattr(  # what is not kept: the answers to the held-out examples
-        "peft_svf.dispatch.few_shot.dispatcher.cross_validate",
-        lambda spaces, n, search, judge, *rest: (
-            [search(s, f) for s in spaces for f in result.cross_validation.folds] and result.cross_validation
-        ),
-    )
-    resumed = again.adapt(tmp_path / "state", progress=False)
-    assert judged and torch.equal(resumed.search.best, result.search.best) and resumed.fitness == result.fitness
-    with pytest.raises(ValueError, match="max_new_tokens"):  # another search
-        dispatcher(max_new_tokens=5, configurations=[result.search.space]).adapt(tmp_path / "state", progress=False)
+    resumed = adapt(tmp_path)
+    assert len(calls) == 4 + 1  # no search runs again
+    assert resumed.to_dict() == adapt(None).to_dict() == result.to_dict()
+    assert adapt(None, seed=4).weights != result.weights
+    with pytest.raises(SearchStateError, match="max_new_tokens"):
+        adapt(tmp_path, max_new_tokens=3)
 
 
 def test_a_reward_that_is_never_positive_is_told(bank: ExpertBank, examples: Dataset, tmp_path: Path) -> None:

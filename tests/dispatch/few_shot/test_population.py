@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from torch import distributed
 
 from peft_svf import ExpertBank
 from peft_svf.answering import AnswerGenerator
@@ -36,7 +43,7 @@ def task() -> Task:
 
 @pytest.fixture(scope="module")
 def examples(task: Task) -> Dataset:
-    return task.load("train", 5)
+    return task.load("train", 4)
 
 
 def population_of(bank: ExpertBank, task: Task, examples: Dataset, batch_size: int = 128, reward: Any = None) -> Any:
@@ -70,9 +77,9 @@ def test_scores_are_those_of_one_candidate_after_another(
 ) -> None:
     space = MixtureSpace(EXPERTS, bank.layer_groups() if grouped else (), normalized, sum_limits=(0.5, 1.5))
     draws = torch.Generator().manual_seed(1)
-    candidates = torch.rand(4, space.dimension, generator=draws, dtype=torch.float64)
+    candidates = torch.rand(3, space.dimension, generator=draws, dtype=torch.float64)
     route = space.to_route(candidates)
-    found = population_of(bank, task, examples, batch_size=7).outcomes(route)  # 20 rows: 7, 7, 6
+    found = population_of(bank, task, examples, batch_size=7).outcomes(route)  # 12 rows: 7, 5
     for row, fitness in enumerate(found.fitness()):
         expected = evaluate(recomposed(route, row), bank.tokenizer, task, examples)
         assert found.answers[row] == expected.answers
@@ -106,7 +113,7 @@ def test_one_answer_to_one_example_is_judged_once(bank: ExpertBank, task: Task, 
     population = population_of(bank, task, examples, reward=reward)
     route = Route.one_hot(["reasoning", "reasoning", "math"], EXPERTS)
     found = population.outcomes(route)
-    assert len(judged) == len(set(judged)) == sum(len({own[row] for own in found.answers}) for row in range(5))
+    assert len(judged) == len(set(judged)) == sum(len({own[row] for own in found.answers}) for row in range(4))
     assert found.right.tolist() == [["A" not in own for own in examples["answer"]]] * 3
     again = population.outcomes(route)
     assert len(judged) == len(set(judged))
@@ -129,12 +136,37 @@ def test_batches_that_do_not_fit_are_halved_for_good(
     monkeypatch.setattr(bank.model, "generate", small_memory)
     population = population_of(bank, task, examples, batch_size=8)
     assert population.outcomes(route).answers == expected.answers
-    assert sizes == [8, 4, 4, 2]
+    assert sizes == [8, 4, 4]
     sizes.clear()
     assert population.outcomes(route).answers == expected.answers
-    assert sizes == [4, 4, 2]
+    assert sizes == [4, 4]
 
 
 def test_a_batch_size_below_one_is_refused(bank: ExpertBank, task: Task, examples: Dataset) -> None:
     with pytest.raises(ValueError, match="`batch_size` is at least 1"):
         population_of(bank, task, examples, batch_size=0)
+
+
+@pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available() and hasattr(os, "fork")),
+    reason="needs torch.distributed with gloo, and fork",
+)
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    """The population of a search, and the prompts of an evaluation, bit for bit, down to sampled answers."""
+    program = Path(__file__).with_name("two_processes.py")
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    both.mkdir()
+    run = subprocess.run([sys.executable, str(program), str(both)], capture_output=True, text=True, timeout=300)
+    logs = "\n".join(f"--- process {log.stem}\n{log.read_text()}" for log in sorted(both.glob("*.log")))
+    assert run.returncode == 0, f"{run.stderr}\n{logs}"
+    spec = importlib.util.spec_from_file_location("two_processes", program)
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    expected = json.loads(json.dumps(module.results(alone)))
+    for rank in range(2):
+        found = json.loads((both / f"{rank}.json").read_text())
+        assert found.pop("process") == [rank, 2]
+        assert found == expected
+    written = ["adaptation.json", "adapter_config.json", "adapter_model.safetensors"]
+    for name in written:
+        assert (both / "expert" / name).read_bytes() == (alone / "expert" / name).read_bytes()
