@@ -37,6 +37,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of each timing (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="trained banks and searches (default: %(default)s)")
     parser.add_argument("--test-prompts", type=int, default=300, help="of every task (default: %(default)s)")
+    parser.add_argument(
+        "--cross-validation", action="store_true", help="choose the form of the few-shot weights on the examples: slow"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument(
         "--processor-time", action="store_true", help="for a CPU that others use too; set --threads 1 as well"
@@ -56,6 +59,7 @@ def main() -> None:
         1 if arguments.quick else arguments.rounds,
         1 if arguments.quick else arguments.seeds,
         12 if arguments.quick else arguments.test_prompts,
+        arguments.cross_validation,
         arguments.work,
         make_clock("cpu", arguments.processor_time),
         describe_environment("cpu", arguments.processor_time),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 REASON_COLUMN = "reward_reason"  # of TRL's completion logs
 

@@ -59,7 +59,7 @@ class _BeforeChoice(LogitsProcessor):
 
     logits: Tensor
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.logits = scores
         return scores
 
@@ -71,7 +71,7 @@ class _AfterChoice(StoppingCriteria):
         self.before = before
         self.steps: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         logits = self.before.logits
         chosen = logits.gather(1, input_ids[:, -1:]).squeeze(1)
         self.steps.append(chosen - logits.logsumexp(1))

@@ -91,7 +91,7 @@ def run_adapt(arguments: argparse.Namespace) -> None:
     if rows.unseen is not None:
         evaluations = compare(dispatcher, task, rows.unseen, arguments.batch_size, state)
         if state.is_main_process:
-            report(evaluations, task, rows.unseen, arguments)
+            report(evaluations, best_expert(found), task, rows.unseen, arguments)
 
 
 def search_settings(arguments: argparse.Namespace) -> SearchSettings:
@@ -232,17 +232,17 @@ def expert_weights(found: Adaptation) -> dict[str, str]:
 
 def compare(
     dispatcher: FewShotDispatcher, task: Task, rows: Dataset, batch_size: int, state: PartialState
-) -> dict[str, Evaluation]:
+) -> list[Evaluation]:
     """Base model, best single expert and mixture on the same rows, which the processes share."""
     bank, alone = dispatcher.bank, best_expert(dispatcher.result)
-    candidates: dict[str, Any] = {
-        "base": FixedDispatcher(bank, BASE_LABEL),
-        alone: FixedDispatcher(bank, alone),
-        "mixture": dispatcher,
-    }
+    candidates: list[tuple[str, Any]] = [
+        ("the base model", FixedDispatcher(bank, BASE_LABEL)),
+        (alone, FixedDispatcher(bank, alone)),
+        ("the mixture", dispatcher),
+    ]
     shows = state.is_main_process and sys.stderr.isatty()
-    return {
-        name: evaluate(
+    return [
+        evaluate(
             bank,
             bank.tokenizer,
             task,
@@ -252,14 +252,13 @@ def compare(
             description=f"evaluating {name}" if shows else None,
             split_over_processes=True,
         )
-        for name, candidate in candidates.items()
-    }
+        for name, candidate in candidates
+    ]
 
 
-def report(evaluations: dict[str, Evaluation], task: Task, rows: Dataset, arguments: argparse.Namespace) -> None:
+def report(evaluations: list[Evaluation], name: str, task: Task, rows: Dataset, arguments: argparse.Namespace) -> None:
     """The comparison, as a table and beside the expert as JSON."""
-    base, alone, mixture = evaluations.values()
-    name = list(evaluations)[1]
+    base, alone, mixture = evaluations
     print(f"Greedy success on unseen prompts of {task.name} [95 % interval]")
     results.print_results(base, {f"{name} (best on the examples)": alone, "mixture": mixture})
     gain = results.format_gain(mixture.gain_over(alone))

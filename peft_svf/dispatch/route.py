@@ -156,7 +156,7 @@ class Route:
 
     def _name(self, row: int) -> str | None:
         """The only expert of a row, or the base label; `None` if it is a mixture."""
-        mixture = self.weights[row].reshape(-1, len(self.experts))  # (G or 1, K)
+        mixture = self.weights[row] if self.groups else self.weights[row][None]  # (G or 1, K)
         if not mixture.any():
             return BASE_LABEL if self.residual else None
         column = int(mixture[0].argmax())

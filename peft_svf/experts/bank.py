@@ -14,7 +14,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from peft_svf.experts.bank_config import (
-    BASE_FOLDER,
     BASE_LABEL,
     MODEL_TYPE,
     BankConfig,
@@ -23,14 +22,21 @@ from peft_svf.experts.bank_config import (
     check_entries,
     check_replaceable,
 )
-from peft_svf.experts.bank_loading import bank_folder, expert_folder, load_base, load_expert, processing_of
+from peft_svf.experts.bank_loading import (
+    adapter_types,
+    bank_folder,
+    expert_folder,
+    load_base,
+    load_expert,
+    processing_of,
+    svf_adapters,
+)
 from peft_svf.experts.bank_saving import save_bank
 from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.mixed_batch import MixedBatch
 
 
 __all__ = [
-    "BASE_FOLDER",
     "BASE_LABEL",
     "MODEL_TYPE",
     "ExpertBank",
@@ -96,7 +102,7 @@ class ExpertBank:
         classifier: str | None = None,
         dispatcher_options: Mapping[str, Any] | None = None,
     ) -> None:
-        adapters = _svf_adapters(model)
+        adapters = svf_adapters(model)
         if experts is None:
             experts = {name: ExpertEntry(name) for name in adapters if name != classifier}
         self.experts = dict(experts)
@@ -138,8 +144,8 @@ class ExpertBank:
         Compute under a route: `with bank.routed(route): bank.model.generate(**batch)`.
 
         The route belongs to the thread that enters it: other threads that use the same bank do not see it, and
-        neither the active adapter nor anything else of the model is changed. Mixtures are exact. Generation with
-        beams or several returned sequences goes through `bank.model`, not `bank.base_model`.
+        neither the active adapter nor anything else of the model is changed. A thread that is started inside does not
+        inherit it, so where `generate` runs in one to feed a streamer, enter the route there. Mixtures are exact.
 
         Args:
             route (`Route`, `str` or `Mapping[str, float]`):
@@ -320,7 +326,7 @@ class ExpertBank:
     def _load(self, name: str, source: str | Path | None, revision: str | None, token: str | None) -> None:
         """Put the adapter `name` into the model, or make sure that it is there."""
         self._refuse_merged()
-        adapters = _adapter_types(self.model)
+        adapters = adapter_types(self.model)
         if source is None:
             if adapters.get(name) != "SVF":
                 raise ExpertBankError(
@@ -342,17 +348,3 @@ class ExpertBank:
             raise ExpertBankError(
                 f"{', '.join(merged)} is merged into the base model; call bank.model.unmerge_adapter() first."
             )
-
-
-def _adapter_types(model: torch.nn.Module) -> dict[str, str]:
-    if not isinstance(model, PeftModel):
-        return {}
-    return {name: str(config.peft_type.value) for name, config in model.peft_config.items()}
-
-
-def _svf_adapters(model: torch.nn.Module) -> list[str]:
-    types = _adapter_types(model)
-    adapters = [name for name, kind in types.items() if kind == "SVF"]
-    if isinstance(model, PeftModel) and not adapters:
-        raise ExpertBankError(f"The PeftModel has no SVF adapter (it has {types}); train one with SVFConfig.")
-    return adapters

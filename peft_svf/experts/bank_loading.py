@@ -154,3 +154,19 @@ def _download(repository: str, revision: str | None, token: str | None, patterns
     except (OSError, ValueError) as error:
         message = f"{repository} is neither a folder here nor an {what} that can be downloaded: {error}"
         raise ExpertBankError(message.replace("an bank", "a bank")) from error
+
+
+def adapter_types(model: PreTrainedModel | PeftModel) -> dict[str, str]:
+    """The adapters of a model by name, and of which type they are."""
+    if not isinstance(model, PeftModel):
+        return {}
+    return {name: str(config.peft_type.value) for name, config in model.peft_config.items()}
+
+
+def svf_adapters(model: PreTrainedModel | PeftModel) -> list[str]:
+    """The SVF adapters of a model; raises an `ExpertBankError` if it has only others."""
+    types = adapter_types(model)
+    adapters = [name for name, kind in types.items() if kind == "SVF"]
+    if isinstance(model, PeftModel) and not adapters:
+        raise ExpertBankError(f"The PeftModel has no SVF adapter (it has {types}); train one with SVFConfig.")
+    return adapters

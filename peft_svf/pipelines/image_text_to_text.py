@@ -117,7 +117,8 @@ class Transformer2ImageTextToTextPipeline(RoutingMixin, BatchedImageTextToTextPi
 
     def _second_pass(self, model_inputs: Any, route: Route, **kwargs: Any) -> Any:
         groups = _equal_rows(route)
-        if len(groups) == 1 or not _adapts_more_than_language(self.bank):
+        layers = [module for module in self.bank.base_model.modules() if isinstance(module, SVFLayer)]
+        if len(groups) == 1 or all(layer.svf_sees_rows for layer in layers):
             return self._generate(model_inputs, route, **kwargs)
         outputs = []
         for rows in groups:
@@ -131,13 +132,6 @@ class Transformer2ImageTextToTextPipeline(RoutingMixin, BatchedImageTextToTextPi
         with _POSITIONS if keeps_positions else nullcontext():
             outputs: dict[str, Any] = super()._second_pass(model_inputs, route, **kwargs)
             return outputs
-
-
-def _adapts_more_than_language(bank: ExpertBank) -> bool:
-    model = bank.base_model
-    parts = (model.get_decoder(), model.get_output_embeddings())
-    language = {id(module) for part in parts if part is not None for module in part.modules()}
-    return any(isinstance(module, SVFLayer) and id(module) not in language for module in model.modules())
 
 
 def _equal_rows(route: Route) -> list[list[int]]:

@@ -134,10 +134,14 @@ class Transformer2Pipeline(RoutingMixin, TextGenerationPipeline):  # type: ignor
         """How many tokens user or model ask for; `None` if that is left to the pipeline."""
         if "generation_config" not in generate_kwargs:
             generate_kwargs = {**self._generate_kwargs, **generate_kwargs}
-        asked = self._get_set_generation_params(generate_kwargs)
-        if asked.get("max_new_tokens") is not None:
-            return int(asked["max_new_tokens"])
-        return int(asked["max_length"]) - prompt_tokens if asked.get("max_length") is not None else None
+        configs = (generate_kwargs.get("generation_config"), self.model.generation_config)
+
+        def asked(name: str) -> int | None:
+            given = (generate_kwargs.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in given if value is not None), None)
+
+        new_tokens, length = asked("max_new_tokens"), asked("max_length")
+        return length - prompt_tokens if new_tokens is None and length is not None else new_tokens
 
     def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:  # type: ignore[override]
         return super()._forward(model_inputs, prompt_length=model_inputs["input_ids"].shape[-1], **generate_kwargs)

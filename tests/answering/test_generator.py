@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_svf import ExpertBank
 from peft_svf.answering import AnswerGenerator, ScoredAnswer
+from peft_svf.answering.likelihood import AnswerLikelihoods
 from peft_svf.dispatch import Route
 from peft_svf.playground import BANK_FOLDER, generate_problems
 
@@ -150,3 +151,21 @@ def test_a_route_that_does_not_fit_is_refused(bank: ExpertBank, prompts: list[An
     generator.routed = None
     with pytest.raises(ValueError, match=r"pass `routed=bank.routed`"):
         generator.answers(texts, prompts, route=Route.mixture({"math": 1.0}, rows=9))
+
+
+@torch.no_grad()
+def test_the_end_token_counts_and_the_padding_behind_it_does_not(tiny_llama: Any) -> None:
+    """In a random model, where ending an answer is as unlikely as any other token."""
+    model = tiny_llama()
+    ids = torch.randint(3, 97, (2, 5), generator=torch.Generator().manual_seed(0))
+    free = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[:, 5:]
+    end = int(free[0, 3])
+    lengths = [row.tolist().index(end) + 1 if end in row.tolist() else 8 for row in free]
+    assert lengths[0] <= 4 < lengths[1]  # one row ends early and is padded
+    likelihoods = AnswerLikelihoods()
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
+    output = model.generate(ids, **options, **likelihoods.generate_kwargs)
+    found = likelihoods.of(output[:, 5:], [end])
+    logp = model.double()(output).logits[:, 4:-1].log_softmax(-1).gather(2, output[:, 5:, None])[..., 0]
+    expected = [float(row[:length].sum()) for row, length in zip(logp, lengths, strict=True)]
+    assert found == pytest.approx(expected, abs=1e-4)

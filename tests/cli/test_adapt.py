@@ -35,13 +35,13 @@ def weights_of(output: Path) -> dict[str, float]:
 
 def test_expert_and_comparison_are_those_of_the_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "expert"
-    assert main([*SMALL, "--output", str(output), "--test-prompts", "12", "--seed", "3"]) == 0
+    assert main([*SMALL, "--output", str(output), "--test-prompts", "8", "--seed", "3"]) == 0
     weights, found = weights_of(output), json.loads((output / "results.json").read_text())
     assert sum(weights.values()) == pytest.approx(1)
     bank, task = ExpertBank.from_pretrained(BANK_FOLDER), get_task(TASK)
-    test = task.load("test", 15)
+    test = task.load("test", 11)
     rows = test.select([test["id"].index(name) for name in found["evaluation"]["ids"]])
-    assert len(rows) == 12 and not set(row_hashes(rows)) & set(row_hashes(task.load("train", 3, 3)))
+    assert len(rows) == 8 and not set(row_hashes(rows)) & set(row_hashes(task.load("train", 3, 3)))
     shares = {}
     for name, by in (("base", "others"), ("best_expert", found["best_expert"]["name"]), ("mixture", weights)):
         dispatcher = FixedDispatcher(bank, by)
@@ -87,8 +87,8 @@ def test_an_interrupted_search_goes_on_to_the_same_mixture(
 def test_examples_come_from_a_file_and_the_rest_of_it_is_unseen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, output, state = tmp_path / "sums.csv", tmp_path / "expert", tmp_path / "state"
-    problems = generate_problems("math", "test", 6)
+    file, output, state = tmp_path / "sizes.csv", tmp_path / "expert", tmp_path / "state"
+    problems = generate_problems("reasoning", "test", 6)
     with file.open("w", newline="") as target:
         csv.writer(target).writerows([("prompt", "answer"), *((p.prompt, p.answer) for p in problems)])
     words = ["adapt", "--examples", str(file), "-n", "4", "--population", "10", "--iterations", "1", "--use-cpu"]

@@ -99,6 +99,10 @@ def test_many_labels_leave_room_on_the_terminal() -> None:
     assert max(map(len, shown.splitlines())) < 120
 
 
+def test_the_lead_is_that_over_the_second_label() -> None:
+    assert Decision("math", {"code": 0.3, "math": 0.6, "others": 0.1}).lead == pytest.approx(0.3)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

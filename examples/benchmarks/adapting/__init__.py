@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from adapting import first_pass, generation_of_candidates, mixed_batch, routing
+from adapting import first_pass, generation_of_candidates, mixed_batch, routing, unseen
 from adapting.setting import Setting
 
 
@@ -16,4 +16,5 @@ PARTS: dict[str, Callable[[Setting], Iterator[str]]] = {
     "mixed-batch": mixed_batch.measure,
     "cem": generation_of_candidates.measure,
     "routing": routing.measure,
+    "unseen": unseen.measure,
 }

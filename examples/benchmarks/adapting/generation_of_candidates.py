@@ -115,7 +115,10 @@ def compare(contest: Contest, setting: Setting) -> str:
     scores = {one.success for one in found["batch"]}
     note = f"the same scores ({min(scores):.1f} to {max(scores):.1f})"
     spent = f"the batch takes {Spread.of(seconds['batch']).median:.3g} s"
-    ways = (("merged", "merging each mixture into the weights", spent), ("adapter", "an adapter of each mixture", note))
+    ways = (
+        ("merged", "merging each mixture into the weights", spent),
+        ("adapter", "an adapter of each mixture", note),
+    )
     rows = [
         Row(f"{what}, × of one mixed batch", contest.name, {"SVF": slower[way]}, None, WHY_MISSED, words, TIMES_FASTER)
         for way, what, words in ways

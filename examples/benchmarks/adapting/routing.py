@@ -57,7 +57,10 @@ def compare(bank: ExpertBank, instruction: str, labelled: Sequence[Labelled], se
         if type(dispatcher) is PromptDispatcher:
             same.append(name)
     families = " | ".join(f"{one.family} ({len(one.prompts)})" for one in labelled)
-    lines = [f"**Routing with the instruction {instruction!r}**, % of held-out prompts with Wilson's 95 % interval", ""]
+    lines = [
+        f"**Routing with the instruction {instruction!r}**, % of held-out prompts with Wilson's 95 % interval",
+        "",
+    ]
     lines += [f"| dispatcher | all | {families} |", "| --- " * (len(labelled) + 2) + "|"]
     for name, answers in chosen.items():
         hits = [[answer == one.label for answer in own] for one, own in zip(labelled, answers, strict=True)]
@@ -67,7 +70,12 @@ def compare(bank: ExpertBank, instruction: str, labelled: Sequence[Labelled], se
     if same:
         lines += [f"{', '.join(same)}: no checkpoint was better than the base model, so B is A.", ""]
     for name in list(chosen)[:2]:
-        lines += [f"{name}: rows are right labels, columns what was chosen", "", *confusion(chosen[name], labelled), ""]
+        lines += [
+            f"{name}: rows are right labels, columns what was chosen",
+            "",
+            *confusion(chosen[name], labelled),
+            "",
+        ]
     return "\n".join(lines)
 
 

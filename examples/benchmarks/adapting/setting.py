@@ -17,6 +17,8 @@ class Setting:
         rounds (`int`): How often every timing is repeated.
         seeds (`int`): Trained banks, and few-shot searches, of the parts that measure success.
         test_prompts (`int`): Prompts of every task that success is measured on.
+        cross_validation (`bool`):
+            Let few-shot search choose among the paper's four configurations of the weights by cross-validation.
         work (`Path`): Folder of the trained experts; a rerun takes what is there.
         clock (`Callable[[], float]`): Tells the time in seconds.
         environment (`dict[str, str]`): Hardware and versions, for the report.
@@ -26,6 +28,7 @@ class Setting:
     rounds: int
     seeds: int
     test_prompts: int
+    cross_validation: bool
     work: Path
     clock: Callable[[], float]
     environment: dict[str, str]

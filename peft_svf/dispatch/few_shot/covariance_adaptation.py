@@ -99,7 +99,7 @@ class CovarianceMatrixAdaptation:
 
 def _make(start: StartDistribution, population: int) -> Any:
     try:
-        from cmaes import CMA  # type: ignore[import-untyped]
+        from cmaes import CMA
     except ImportError as error:
         raise ImportError(
             'CMA-ES needs the library cmaes: pip install "peft-svf[cma]", or search by the cross-entropy method.'

@@ -82,7 +82,9 @@ class LabelTree:
 
 def split_into_trees(label_ids: Sequence[Sequence[int]], most: int) -> list[LabelTree]:
     """Trees of at most `most` nodes (or of one label), which together hold all labels."""
-    trees, members, nodes = [], [], set()
+    trees: list[LabelTree] = []
+    members: list[int] = []
+    nodes: set[tuple[int, ...]] = set()
     for member in sorted(range(len(label_ids)), key=lambda i: list(label_ids[i])):  # those that begin alike together
         added = {beginning for beginning, _ in _beginnings(label_ids[member])}
         if members and len(nodes | added) > most:
