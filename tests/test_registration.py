@@ -12,8 +12,16 @@ import sys
 import pytest
 from peft import PeftConfig, PeftType, mapping
 from peft.utils import peft_types
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.pipelines import PIPELINE_REGISTRY
 
-from peft_svf import SVFConfig, SVFModel
+from peft_svf import (
+    SVFConfig,
+    SVFModel,
+    Transformer2Config,
+    Transformer2ImageTextToTextPipeline,
+    Transformer2Pipeline,
+)
 from peft_svf.registration import _add_member, register_tuner
 
 
@@ -36,6 +44,16 @@ def test_registering_again_changes_nothing() -> None:
     before = list(PeftType)
     register_tuner()
     assert list(PeftType) == before and mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.SVF] is SVFConfig
+
+
+def test_both_pipelines_are_tasks_of_transformers() -> None:
+    for task, pipeline_class, auto_model in (
+        ("transformer2-generation", Transformer2Pipeline, AutoModelForCausalLM),
+        ("transformer2-image-text-to-text", Transformer2ImageTextToTextPipeline, AutoModelForImageTextToText),
+    ):
+        registered = PIPELINE_REGISTRY.check_task(task)[1]
+        assert registered["impl"] is pipeline_class and registered["pt"] == (auto_model,)
+        assert Transformer2Config in auto_model._model_mapping
 
 
 def test_a_method_of_the_same_name_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ class Row:
         elif self._meets(self.values["SVF"].low) or self._meets(self.values["SVF"].high):
             words = "missed by less than the measurements scatter"
         else:
-            words = f"missed: {self.why_missed}"
+            words = f"missed: {self.why_missed}" if self.why_missed else "missed"
         return f"{words}; {self.note}" if self.note else words
 
 

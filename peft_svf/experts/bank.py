@@ -299,9 +299,7 @@ class ExpertBank:
 
     def remove(self, name: str) -> None:
         """
-        Remove an expert, or the classifier, from the bank and its model.
-
-        Not while another thread computes with the bank.
+        Remove an expert, or the classifier, from the bank and its model; not while another thread computes with it.
 
         Raises:
             ExpertBankError: there is none of this name, or an expert is merged.

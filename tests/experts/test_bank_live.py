@@ -111,7 +111,10 @@ def test_a_bank_without_experts_takes_its_first_and_a_pipeline_on_it_goes_on(tin
     reference = Transformer2Pipeline(whole, max_new_tokens=4)
     beams = {"expert": "code", "num_beams": 2, "num_return_sequences": 2}
     assert pipe("x", **beams) == reference("x", **beams)
+    assert pipe.model is bank.model
     assert pipe("x", expert="others")[0]["generated_text"] == others
+    bank.remove("code")
+    assert pipe("x")[0]["generated_text"] == others
 
 
 def test_a_removed_expert_is_gone_and_the_others_are_as_before(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,9 +48,16 @@ def with_adapters(base: nn.Module, **settings: Any) -> PeftModel:
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def prototypes() -> list[PeftModel]:
+    return []
+
+
 @pytest.fixture
-def model(tiny_llama: Build) -> PeftModel:
-    return with_adapters(tiny_llama())
+def model(tiny_llama: Build, prototypes: list[PeftModel]) -> PeftModel:
+    if not prototypes:
+        prototypes.append(with_adapters(tiny_llama()))
+    return copy.deepcopy(prototypes[0])
 
 
 def batch(rows: slice | list[int] = slice(None), **settings: Any) -> MixedBatch:

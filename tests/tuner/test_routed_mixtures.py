@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,10 +37,17 @@ MIXTURES: Rows = [
 ]
 
 
+@pytest.fixture(scope="module")
+def prototypes() -> list[PeftModel]:
+    return []
+
+
 @pytest.fixture
-def model(tiny_llama: Build) -> PeftModel:
+def model(tiny_llama: Build, prototypes: list[PeftModel]) -> PeftModel:
     """In float64, so that nothing but the offsets (float32) is rounded; "paper" at another strength."""
-    return with_adapters(tiny_llama().double(), ADAPTERS)
+    if not prototypes:
+        prototypes.append(with_adapters(tiny_llama().double(), ADAPTERS))
+    return copy.deepcopy(prototypes[0])
 
 
 def with_adapters(base: nn.Module, adapters: Mapping[str, dict[str, Any]]) -> PeftModel:

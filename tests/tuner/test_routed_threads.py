@@ -37,9 +37,16 @@ def with_adapters(model: LlamaForCausalLM, **settings: Any) -> PeftModel:
     return peft_model.eval()
 
 
+@pytest.fixture(scope="module")
+def prototypes() -> list[PeftModel]:
+    return []
+
+
 @pytest.fixture
-def model(tiny_llama: Build) -> PeftModel:
-    return with_adapters(tiny_llama())
+def model(tiny_llama: Build, prototypes: list[PeftModel]) -> PeftModel:
+    if not prototypes:
+        prototypes.append(with_adapters(tiny_llama()))
+    return copy.deepcopy(prototypes[0])
 
 
 def mixed(*rows: list[float], every_row: bool = False) -> MixedBatch:

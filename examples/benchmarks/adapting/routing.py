@@ -1,4 +1,4 @@
-"""How often the dispatchers A (prompt) and B (classification expert) choose the right expert, and what they confuse."""
+"""How often the dispatchers A (prompt) and B (classification expert) are right, and what they confuse."""
 
 from __future__ import annotations
 

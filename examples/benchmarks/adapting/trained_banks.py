@@ -48,23 +48,24 @@ def classifier_dispatcher(bank: ExpertBank, instruction: str, seed: int, work: P
     Strategy B for `bank`: routing under a classification expert that was trained with `instruction`.
 
     Where no checkpoint was better than the base model on validation prompts there is no such expert, and the base
-    model goes on routing: this then is strategy A.
+    model goes on routing: this then is strategy A. If `quick`, nothing is trained and some expert classifies.
     """
-    folder = _classifier(bank, instruction, seed, work, quick)
+    if quick:
+        return ClassifierDispatcher(bank, next(iter(bank.experts)), instruction=instruction)
+    folder = _classifier(bank, instruction, seed, work)
     if json.loads((folder / NOTE).read_text("utf-8"))["best_is_base"]:
         return PromptDispatcher(bank, instruction=instruction)
     return ClassifierDispatcher(bank, folder, instruction=instruction)
 
 
-def _classifier(bank: ExpertBank, instruction: str, seed: int, work: Path, quick: bool) -> Path:
+def _classifier(bank: ExpertBank, instruction: str, seed: int, work: Path) -> Path:
     """The folder of the classification expert, trained if it is not there."""
-    steps, batch = (1, 8) if quick else (ROUTING_STEPS, 64)
     kind = "bare-list" if instruction == BARE_LIST else "bank-instruction"
-    folder = (work / f"routing-{kind}-{steps}-steps" / f"seed{seed}").absolute()
+    folder = (work / f"routing-{kind}-{ROUTING_STEPS}-steps" / f"seed{seed}").absolute()
     if not folder.is_dir():
         task = routing_task(SOURCES, instruction=instruction, tokenizer=bank.tokenizer)
         with replaced_folder(folder) as staging, TemporaryDirectory() as checkpoints:
-            trainer = train_routing_expert(task, checkpoints, steps, seed, batch_size=batch)
+            trainer = train_routing_expert(task, checkpoints, ROUTING_STEPS, seed)
             trainer.save_model(str(staging))
             (staging / NOTE).write_text(json.dumps({"best_is_base": bool(trainer.best_is_base)}), "utf-8")
         print(f"Trained the classification expert of seed {seed} for {instruction!r}", flush=True)

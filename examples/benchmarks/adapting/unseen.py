@@ -88,11 +88,11 @@ def measure(setting: Setting) -> Iterator[str]:
     for name in UNSEEN[:1] if setting.quick else UNSEEN:
         findings.append(measure_task(PLAYGROUND_TASKS[name], setting, few_shot=True))
         yield f"**{name}**, done: " + ", ".join(f"{method} {cell}" for method, cell in findings[-1].cells.items())
-    yield table("Unseen tasks", findings, setting)
+    yield table("Unseen tasks", findings)
     yield searches(findings)
     if not setting.quick:
         trained = [measure_task(PLAYGROUND_TASKS[name], setting, few_shot=False) for name in TRAINED]
-        yield table("The trained tasks, for reference", trained, setting)
+        yield table("The trained tasks, for reference", trained)
 
 
 def measure_task(task: Task, setting: Setting, few_shot: bool) -> Findings:
@@ -194,12 +194,13 @@ def counted_answers() -> Iterator[list[int]]:
         AnswerGenerator.scored_answers = original  # type: ignore[method-assign]
 
 
-def table(title: str, findings: Sequence[Findings], setting: Setting) -> str:
+def table(title: str, findings: Sequence[Findings]) -> str:
     """Methods by tasks, with the winner of each task among those that have not seen the test prompts."""
     names = [one.task.name.removeprefix("playground-") for one in findings]
+    successes = findings[0].cells[RESULTS["base"]].successes
     lines = [
-        f"**{title}**: greedy success in %, mean of {setting.seeds} banks on the same {setting.test_prompts} test "
-        "prompts each, [95 % interval over banks and prompts]",
+        f"**{title}**: greedy success in %, mean over {len(successes)} banks on the same {len(successes[0])} test "
+        "prompts of each task [95 % interval over banks and prompts]",
         "",
         f"| method | {' | '.join(names)} |",
         "| --- " * (len(names) + 1) + "|",

@@ -47,7 +47,7 @@ def results(folder: Path) -> dict[str, Any]:
     )
     adapted = dispatcher.adapt(folder / "state", progress=False).to_dict()
     dispatcher.save_pretrained(folder / "expert")
-    options: Any = {"dispatcher": dispatcher, "temperature": 1.0, "samples": 2, "split_over_processes": True}
+    options: Any = {"dispatcher": dispatcher, "temperature": 3.0, "samples": 2, "split_over_processes": True}
     found = evaluate(bank, bank.tokenizer, task, task.load("test", 5), 3, **options)
     verdicts = [found.answers, found.rewards, found.reasons, found.experts, found.route.weights.tolist()]
     return {"adapted": adapted, "evaluated": verdicts}
