@@ -169,7 +169,7 @@ class SVFLayer(BaseTunerLayer):
 
     def mixed_batch(self) -> RowOffsets | None:
         """The mixed batch that this thread runs, if it runs one."""
-        return self.svf_batches.current() if self.has_mixed_batches() else None
+        return None if self.svf_batches is None else self.svf_batches.current()
 
     def _active_offset(self) -> torch.Tensor | None:
         """Σ offset over the active adapters; `None` if they are disabled, in the base weight or none of this layer."""

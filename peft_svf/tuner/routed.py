@@ -55,7 +55,7 @@ class RoutedModel:
         layers = [module for module in modules if isinstance(module, SVFLayer)]
         batch.check_groups(layers)
         if not batch.is_uniform:
-            refuse_layers_without_rows(layers, batch)
+            refuse_layers_without_rows(self.model, layers, batch)
         batches = self.svf_batches
         with ExitStack() as stack:
             stack.enter_context(_generation_follows(self.model, batches))
@@ -95,19 +95,21 @@ def share_batches(model: nn.Module) -> BatchesByThread:
     return batches
 
 
-def refuse_layers_without_rows(layers: list[SVFLayer], batch: MixedBatch) -> None:
+def refuse_layers_without_rows(model: nn.Module, layers: list[SVFLayer], batch: MixedBatch) -> None:
     """Raise a `ValueError` that names a layer which the batch changes, but cannot tell the rows of the batch apart."""
-    for layer in layers:
-        if layer.svf_sees_rows or layer.svf_offset.keys().isdisjoint(batch.adapters):
-            continue
-        if isinstance(layer, ParamWrapper):
-            raise ValueError(no_mixed_batches(layer.svf_name))
-        routed_tokens = "experts" in layer.svf_name.split(".")
-        what = "tokens routed to it" if routed_tokens else "images or sounds"
-        raise ValueError(
-            f"Cannot pass `adapter_names` when an adapter adapts '{layer.svf_name}': it sees {what}, not rows; run "
-            "one adapter at a time, or leave such modules out of the adapters"
-        )
+    blind = {
+        layer for layer in layers if not layer.svf_sees_rows and not layer.svf_offset.keys().isdisjoint(batch.adapters)
+    }
+    if not blind:
+        return
+    first = next(module for module in model.modules() if isinstance(module, SVFLayer) and module in blind)
+    if isinstance(first, ParamWrapper):
+        raise ValueError(no_mixed_batches(first.svf_name))
+    what = "tokens routed to it" if "experts" in first.svf_name.split(".") else "images or sounds"
+    raise ValueError(
+        f"Cannot pass `adapter_names` when an adapter adapts '{first.svf_name}': it sees {what}, not rows; run one "
+        "adapter at a time, or leave such modules out of the adapters"
+    )
 
 
 def _text_modules(model: nn.Module) -> set[nn.Module] | None:
@@ -115,10 +117,11 @@ def _text_modules(model: nn.Module) -> set[nn.Module] | None:
     config = getattr(model, "config", None)
     if not any(getattr(config, kind, None) is not None for kind in ("vision_config", "audio_config")):
         return None
-    decoder = model.get_decoder()
+    pretrained: Any = model  # a transformers model, since it has such a configuration
+    decoder = pretrained.get_decoder()
     if decoder is model:
         return None
-    return {*decoder.modules(), *([] if (head := model.get_output_embeddings()) is None else [head])}
+    return {*decoder.modules(), *([] if (head := pretrained.get_output_embeddings()) is None else [head])}
 
 
 class _FollowingMethod:
