@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
 
+from peft_svf.cli.terminal import table
 from peft_svf.spectrum.cache import (
     FOLDER_VARIABLE,
     SIZE_VARIABLE,
@@ -30,7 +30,8 @@ def run_list() -> None:
     limit = cache_limit()
     files = list_cached_files(folder)
     if files:
-        print_table([("weight", "dtype", "size", "last used"), *(describe(file) for file in reversed(files))])
+        rows = [("weight", "dtype", "size", "last used"), *(describe(file) for file in reversed(files))]
+        print(table(rows, right=range(4)))
         total = f"{count_bases(len(files))}, {format_bytes(sum(file.size for file in files))}"
     else:
         total = "No singular bases are cached"
@@ -74,10 +75,3 @@ def format_bytes(size: int) -> str:
     while value >= 999.95 and len(units) > 1:  # what would be printed as 1000.0
         value, units = value / 1000, units[1:]
     return f"{size} bytes" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
-
-
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of equal length with columns aligned to the right; the first row is the header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

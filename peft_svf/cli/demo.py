@@ -11,7 +11,9 @@ from tempfile import TemporaryDirectory
 
 from transformers.utils import logging
 
+from peft_svf.cli.generate import who
 from peft_svf.cli.playground_experts import BASE_FOLDER, TrainingReport, assemble_bank, train_expert
+from peft_svf.cli.terminal import indented, table
 from peft_svf.experts import BASE_LABEL, ExpertBank
 from peft_svf.experts.bank import check_replaceable
 from peft_svf.pipelines import Transformer2Pipeline
@@ -109,17 +111,10 @@ def print_answers(bank: ExpertBank) -> None:
     for prompt, (routed,), (base,) in zip(
         prompts, pipe(prompts, **settings), pipe(prompts, expert=BASE_LABEL, **settings), strict=True
     ):
-        expert = routed["expert"]
         print(f"\n  {prompt}")
-        print_answer(f"{expert} {routed['scores'][expert]:.2f}", routed["generated_text"])
-        if expert != BASE_LABEL:
-            print_answer("base", base["generated_text"])
-
-
-def print_answer(who: str, answer: str) -> None:
-    """One answer, its further lines indented under the first."""
-    margin = " " * 4 + f"{who:16}"
-    print(margin + answer.strip().replace("\n", "\n" + " " * len(margin)))
+        print(indented(f"    {who(routed, bank)}", routed["generated_text"], 20))
+        if routed["expert"] != BASE_LABEL:
+            print(indented("    base", base["generated_text"], 20))
 
 
 def print_results(results: dict[str, FamilyResult]) -> None:
@@ -139,17 +134,10 @@ def print_results(results: dict[str, FamilyResult]) -> None:
                 f"{result.training.seconds:.0f}",
             )
         )
-    print_table(rows)
+    print(table(rows))
 
 
 def format_share(successes: Sequence[bool]) -> str:
     """`"47.3 % [41.7, 53.0]"`."""
     low, high = wilson_interval(sum(successes), len(successes))
     return f"{100 * sum(successes) / len(successes):.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of equal length in aligned columns; the first row is the header."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -20,6 +20,7 @@ from peft_svf.cli import results
 from peft_svf.cli.data import find_task, parse_data_files
 from peft_svf.cli.models import BaseModel, check_adapter, for_rows
 from peft_svf.cli.run_folder import write_json
+from peft_svf.cli.terminal import indented
 from peft_svf.dispatch.few_shot.examples import refuse_adaptation_examples, saved_hashes
 from peft_svf.trainers.evaluation import Evaluation, evaluate
 from peft_svf.trainers.tasks import Task
@@ -175,16 +176,11 @@ def report(evaluations: Mapping[str, Evaluation], task: Task, rows: Dataset, arg
 def show(row: int, rows: Dataset, evaluations: Mapping[str, Evaluation]) -> None:
     """One prompt with every model's first answer and what the reward says about it."""
     prompt = rows[row]["prompt"]
-    print(_indented("prompt", prompt if isinstance(prompt, str) else answer_text(prompt)))
+    print(indented("prompt", prompt if isinstance(prompt, str) else answer_text(prompt)))
     for name, evaluation in evaluations.items():
         i = row * evaluation.samples
-        print(_indented(f"  {name}", evaluation.answers[i]))
+        print(indented(f"  {name}", evaluation.answers[i]))
         reward = evaluation.rewards[i]
         verdict = evaluation.reasons[i] or ("not judged" if reward is None else f"reward {reward:+g}")
-        print(_indented("", f"-> {verdict}"))
+        print(indented("", f"-> {verdict}"))
     print()
-
-
-def _indented(who: str, text: str) -> str:
-    margin = f"{who:16}"
-    return margin + text.strip().replace("\n", "\n" + " " * len(margin))

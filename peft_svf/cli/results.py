@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from peft_svf.cli.terminal import table
 from peft_svf.trainers.evaluation import Evaluation
 
 
@@ -21,9 +22,7 @@ def print_results(base: Evaluation, experts: Mapping[str, Evaluation]) -> None:
     rows = [("model", "prompts", "success", "gain in points"), ("base", str(base.prompts), format_success(base), "")]
     for name, expert in experts.items():
         rows.append((name, str(expert.prompts), format_success(expert), format_gain(expert.gain_over(base))))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(table(rows))
     unjudged = {name: e.unjudged for name, e in {"base": base, **experts}.items() if e.unjudged}
     if unjudged:
         counts = ", ".join(f"{count} of {name}" for name, count in unjudged.items())

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -251,25 +250,21 @@ def compare(
             f"--adapter {trainer.args.output_dir} --task {task.name}`"
         )
         return None
-    config, state = trainer.args, PartialState()
-    own_rows = rows.select(range(state.process_index, len(rows), state.num_processes))
+    config, shown = trainer.args, PartialState().is_main_process and not trainer.args.disable_tqdm
     judged = dataclasses.replace(task, max_new_tokens=config.max_completion_length)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
 
     def of(name: str) -> Evaluation:
-        bar = f"evaluating the {name}" if state.is_main_process and not config.disable_tqdm else None
-        own = Evaluation([], [], [])
-        if len(own_rows):
-            own = evaluate(
-                model,
-                processor,
-                judged,
-                own_rows,
-                config.per_device_eval_batch_size,
-                chat_template_kwargs=config.chat_template_kwargs,
-                description=bar,
-            )
-        return Evaluation.interleaved(gather_object([own]))
+        return evaluate(
+            model,
+            processor,
+            judged,
+            rows,
+            config.per_device_eval_batch_size,
+            chat_template_kwargs=config.chat_template_kwargs,
+            description=f"evaluating the {name}" if shown else None,
+            split_over_processes=True,
+        )
 
     with model.disable_adapter():
         base = of("base model")

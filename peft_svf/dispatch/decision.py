@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ class Decision:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("margin", "temperature"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ValueError(f"{name} is a number, not {value!r}.")
         if self.mode not in ("best", "soft"):
             raise ValueError(f'mode must be "best" (one expert) or "soft" (a mixture), not {self.mode!r}.')
         if not 0.0 <= self.margin <= 1.0:
@@ -47,7 +52,8 @@ class Decision:
             raise ValueError('margin belongs to mode="best"; in a soft route doubt shows in the weights already.')
         if self.top_k is not None and self.mode == "best":
             raise ValueError('top_k belongs to mode="soft"; mode="best" always takes one expert.')
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+        is_count = isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and self.top_k >= 1
+        if self.top_k is not None and not is_count:
             raise ValueError(f"top_k is a number of experts, at least 1, not {self.top_k!r}.")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature must be a positive number, not {self.temperature}.")

@@ -12,7 +12,7 @@ from torch import Tensor
 from peft_svf.dispatch.decision import Decision
 from peft_svf.dispatch.label_scoring import LabelScorer
 from peft_svf.dispatch.locking import PicklableLock
-from peft_svf.dispatch.route import Prompt, Route, user_text
+from peft_svf.dispatch.route import Prompt, Route, check_prompts, user_text
 from peft_svf.dispatch.template import RoutingTemplate, default_instruction
 from peft_svf.experts.bank import BASE_LABEL, ExpertBank, ExpertEntry
 
@@ -53,6 +53,7 @@ class PromptDispatcher:
 
     Raises:
         ValueError: an option outside its range or without a meaning in this mode (see [`Decision`]).
+        TypeError: not a bank.
     """
 
     def __init__(
@@ -66,6 +67,11 @@ class PromptDispatcher:
         top_k: int | None = None,
         temperature: float = 1.0,
     ) -> None:
+        if not isinstance(bank, ExpertBank):
+            raise TypeError(
+                f"{type(self).__name__} needs an ExpertBank, not {type(bank).__name__}: pass ExpertBank(model) or "
+                "ExpertBank.from_pretrained(folder)."
+            )
         self.bank = bank
         self.decision = Decision(mode, margin, top_k, temperature)
         self.calibrate = calibrate
@@ -109,8 +115,9 @@ class PromptDispatcher:
 
         Raises:
             ValueError: a chat without a user message, or a prompt that does not fit the context with the instruction.
+            TypeError: a single prompt instead of a list, or what cannot be one.
         """
-        texts = [user_text(prompt) for prompt in prompts]
+        texts = [user_text(prompt) for prompt in check_prompts(prompts)]
         question = self.question  # one for the whole call, whatever happens to the bank
         if not question.experts or not texts:
             nobody = [{BASE_LABEL: 1.0}] * len(texts)

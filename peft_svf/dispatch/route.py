@@ -185,9 +185,12 @@ def user_text(prompt: Prompt) -> str:
 
     Raises:
         ValueError: the chat has no user message with text in it.
+        TypeError: neither a text nor a list of messages.
     """
     if isinstance(prompt, str):
         return prompt
+    if not isinstance(prompt, Sequence) or not all(isinstance(message, Mapping) for message in prompt):
+        raise TypeError(f"A prompt is a text or a chat (a list of messages), not {_kind(prompt)}.")
     for message in reversed(prompt):
         if message["role"] == "user":
             content = message["content"]
@@ -195,3 +198,20 @@ def user_text(prompt: Prompt) -> str:
                 content = "\n".join(part["text"] for part in content if part.get("type") == "text")
             return content
     raise ValueError(f'The chat has no user message to route by; add one, or pin an expert (expert="{BASE_LABEL}").')
+
+
+def check_prompts(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """
+    Return `prompts`, unless it is a single one: a text would be routed letter by letter.
+
+    Raises:
+        TypeError: one text or one chat instead of a list of them.
+    """
+    is_chat = isinstance(prompts, Sequence) and len(prompts) > 0 and all(isinstance(item, Mapping) for item in prompts)
+    if isinstance(prompts, str | Mapping) or is_chat:
+        raise TypeError("route() takes a list of prompts, but this is a single one: pass [prompt].")
+    return prompts
+
+
+def _kind(prompt: object) -> str:
+    return "a list of other things" if isinstance(prompt, Sequence) else type(prompt).__name__

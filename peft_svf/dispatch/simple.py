@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from peft_svf.dispatch.route import Prompt, Route
+from peft_svf.dispatch.route import Prompt, Route, check_prompts
 from peft_svf.experts.bank import ExpertBank
 
 
@@ -45,7 +45,7 @@ class FixedDispatcher:
     def route(self, prompts: Sequence[Prompt]) -> Route:
         """The fixed route for each prompt; raises a `ValueError` if the bank has lost one of its experts."""
         _check_names(self.bank, self._row.experts)
-        return self._row.repeat_rows(len(prompts))
+        return self._row.repeat_rows(len(check_prompts(prompts)))
 
 
 class CallableDispatcher:
@@ -75,7 +75,7 @@ class CallableDispatcher:
         Raises:
             ValueError: the function returned something else than it should: other rows than prompts, unknown experts.
         """
-        prompts = list(prompts)
+        prompts = list(check_prompts(prompts))
         if not prompts:
             return Route.one_hot([], list(self.bank.experts))
         returned = self.function(prompts)
@@ -95,6 +95,8 @@ class CallableDispatcher:
             return returned
         if isinstance(returned, str | Mapping):
             raise ValueError(f"{returned!r} is one choice; return a list with one for each prompt.")
+        if returned is None:
+            raise ValueError("None; return a list with an expert's name or a mixture for each prompt.")
         if isinstance(returned, Sequence) and any(isinstance(row, str | Mapping) for row in returned):
             return Route.concatenate([self._row(row) for row in returned])
         weights = torch.as_tensor(returned, dtype=torch.float32)

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_svf.experts.bank_config import BASE_FOLDER
 from peft_svf.experts.files import make_readable, replaced_folder
 from peft_svf.spectrum import sketch_distance, weight_sketch
 from peft_svf.tuner.adapted import adapted_layers
@@ -240,10 +241,19 @@ def _lora_config(
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
+        base_model_name_or_path=_base_checkpoint(model, config),
         revision=config.revision,
         inference_mode=True,
     )
+
+
+def _base_checkpoint(model: nn.Module, config: SVFConfig) -> str | None:
+    """What the LoRA belongs to. An expert of a bank says "base": outside the bank that would be a model on the Hub."""
+    named = config.base_model_name_or_path
+    if named not in (None, BASE_FOLDER):
+        return str(named)
+    loaded = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
+    return str(Path(loaded).absolute()) if loaded and Path(loaded).is_dir() else loaded or named
 
 
 def _target_modules(model: nn.Module, layers: dict[str, SVFLayer]) -> list[str]:

@@ -12,8 +12,11 @@ from transformers.image_utils import load_image
 from transformers.pipelines.image_text_to_text import ReturnType
 from transformers.utils.chat_template_utils import Chat, _get_template_variables
 
+from peft_svf.pipelines.context import ContextMixin
+
 
 _IMAGE_KEYS = ("image", "url", "path", "base64")  # of a part of type "image", as processors know them
+_SHORTER = "shorten it, or pass fewer or smaller images"
 _TEMPLATE_ARGUMENTS = {"chat_template", "tools", "documents", "add_generation_prompt"}
 
 
@@ -25,16 +28,16 @@ class ImageQuestion:
     images: Any
 
 
-class BatchedImageTextToTextPipeline(ImageTextToTextPipeline):
+class BatchedImageTextToTextPipeline(ContextMixin, ImageTextToTextPipeline):
     """
-    transformers' pipeline with two differences.
+    transformers' pipeline with three differences.
 
     transformers processes each prompt on its own and puts the tensors together without knowing what they mean: padding
     is on the right, prompts with and without images do not fit together, and of packed pixels (Qwen2-VL) all but the
     first row are lost. The model's processor knows how a batch is made, so here it makes it.
 
-    And generation arguments of a call are generation arguments. transformers gives all but `max_new_tokens` to the
-    processor, which ignores them.
+    Generation arguments of a call are generation arguments; transformers gives all but `max_new_tokens` to the
+    processor, which ignores them. And prompt and answer fit into the context, or the call says why not.
     """
 
     processor: Any  # never None
@@ -105,7 +108,11 @@ class BatchedImageTextToTextPipeline(ImageTextToTextPipeline):
             rendered, images = [rendered], [images]
         batch = self._process(rendered, images, processor_kwargs or {})
         batch["text"] = prompts
-        outputs: dict[str, Any] = super()._forward(batch, generate_kwargs=dict(generate_kwargs or {}))
+        prompt_length = batch["input_ids"].shape[-1]
+        generate_kwargs = generate_kwargs or {}
+        self._check_context(prompt_length, generate_kwargs, "tokens with its images", _SHORTER)
+        generate_kwargs = {**generate_kwargs, "prompt_length": prompt_length}
+        outputs: dict[str, Any] = super()._forward(batch, generate_kwargs=generate_kwargs)
         return outputs
 
     def _process(self, rendered: list[str], images: list[list[Any]], processor_kwargs: dict[str, Any]) -> Any:
@@ -114,16 +121,7 @@ class BatchedImageTextToTextPipeline(ImageTextToTextPipeline):
         if self.processor.chat_template is not None and bos is not None and rendered[0].startswith(bos):
             options.setdefault("add_special_tokens", False)
         batch = self.processor(text=rendered, images=images if any(images) else None, return_tensors="pt", **options)
-        self._check_context(batch["input_ids"].shape[-1])
         return batch.to(self.device, dtype=self.dtype)
-
-    def _check_context(self, prompt_tokens: int) -> None:
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and prompt_tokens >= context:
-            raise ValueError(
-                f"The prompt has {prompt_tokens} tokens with its images, but the model's context is {context}; "
-                "shorten it, or pass fewer or smaller images."
-            )
 
     def postprocess(  # type: ignore[override]
         self, model_outputs: Mapping[str, Any], return_type: ReturnType | None = None, **kwargs: Any

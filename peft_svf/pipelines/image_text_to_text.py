@@ -7,19 +7,16 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import torch
-from torch.nn.functional import pad
 from transformers import AutoProcessor, GenerationConfig
 from transformers.pipelines.base import Pipeline
 from transformers.utils.chat_template_utils import Chat
 
-from peft_svf.dispatch.route import Prompt, Route
+from peft_svf.dispatch.route import Prompt
 from peft_svf.experts.bank import ExpertBank
 from peft_svf.pipelines.image_batches import BatchedImageTextToTextPipeline, ImageQuestion
 from peft_svf.pipelines.requests import check_inputs
 from peft_svf.pipelines.routing import RoutingMixin
 from peft_svf.pipelines.wrapping import as_bank
-from peft_svf.tuner.layer import SVFLayer
 
 
 # Qwen2-VL and its kin keep the positions of the running generation on the model: one at a time
@@ -36,8 +33,8 @@ class Transformer2ImageTextToTextPipeline(RoutingMixin, BatchedImageTextToTextPi
     fit into one batch. What [`Transformer2Pipeline`] says about records, defaults and generation arguments holds here
     too; `input_text` of a record is the prompt.
 
-    Experts that adapt more than the language model cost a batch one `generate` each, since a vision tower sees images
-    and not rows; leave it out of the training with `SVFConfig(exclude_modules=...)`.
+    A vision tower sees images and not rows: leave it out of the training with `SVFConfig(exclude_modules=...)`, or each
+    expert of a batch needs a `generate` of its own.
 
     Args:
         model (`str`, `ExpertBank`, `PeftModel` or `PreTrainedModel`):
@@ -115,51 +112,11 @@ class Transformer2ImageTextToTextPipeline(RoutingMixin, BatchedImageTextToTextPi
     def _question(self, prompt: Any) -> Prompt:
         return prompt.text if isinstance(prompt, ImageQuestion) else super()._question(prompt)
 
-    def _second_pass(self, model_inputs: Any, route: Route, **kwargs: Any) -> Any:
-        groups = _equal_rows(route)
-        layers = [module for module in self.bank.base_model.modules() if isinstance(module, SVFLayer)]
-        if len(groups) == 1 or all(layer.svf_sees_rows for layer in layers):
-            return self._generate(model_inputs, route, **kwargs)
-        outputs = []
-        for rows in groups:
-            part = {name: [values[row] for row in rows] for name, values in model_inputs.items()}
-            outputs.append(self._generate(part, route[rows], **kwargs))
-        return _in_order(outputs, [row for rows in groups for row in rows], self.bank.tokenizer.pad_token_id)
-
-    def _generate(self, model_inputs: Any, route: Route, **kwargs: Any) -> dict[str, Any]:
+    def _generate(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
         model = self.bank.base_model
         keeps_positions = any(hasattr(part, "rope_deltas") for part in (model, getattr(model, "model", None)))
         with _POSITIONS if keeps_positions else nullcontext():
-            outputs: dict[str, Any] = super()._second_pass(model_inputs, route, **kwargs)
-            return outputs
-
-
-def _equal_rows(route: Route) -> list[list[int]]:
-    """The rows of a route, those with the same weights together."""
-    kind = torch.unique(route.weights, dim=0, return_inverse=True)[1] if route.weights.numel() else [0] * len(route)
-    groups: dict[int, list[int]] = {}
-    for row, value in enumerate(kind):
-        groups.setdefault(int(value), []).append(row)
-    return list(groups.values())
-
-
-def _in_order(outputs: list[dict[str, Any]], order: list[int], padding: int) -> dict[str, Any]:
-    """The outputs of parts of a batch, which hold its rows in the order `order`, as those of the batch."""
-    prompt = max(output["input_ids"].shape[-1] for output in outputs)
-    answer = max(output["generated_sequence"].shape[-1] - output["input_ids"].shape[-1] for output in outputs)
-    ids, sequences = [], []
-    for output in outputs:
-        before = prompt - output["input_ids"].shape[-1]
-        after = prompt + answer - before - output["generated_sequence"].shape[-1]
-        ids.append(pad(output["input_ids"], (before, 0), value=padding))
-        sequences.append(pad(output["generated_sequence"], (before, after), value=padding))
-    texts = [text for output in outputs for text in output["prompt_text"]]
-    rows = torch.tensor(order, device=ids[0].device).argsort()
-    return {
-        "generated_sequence": torch.cat(sequences)[rows],
-        "prompt_text": [texts[row] for row in rows.tolist()],
-        "input_ids": torch.cat(ids)[rows],
-    }
+            return super()._generate(model_inputs, **generate_kwargs)
 
 
 def _read_call(images: Any, text: Any) -> Any:

@@ -87,28 +87,12 @@ def pinned_route(bank: ExpertBank, pinned: Sequence[Pinned], like: Route | None)
     return Route(weights, experts, groups=like.groups, residual=like.residual)
 
 
-def whole_batch(route: Route) -> Route | str | dict[str, float]:
-    """
-    The route, or what all its rows have in common.
-
-    Said once for all rows it works in modules that cannot tell rows apart too (experts of a mixture-of-experts model,
-    fused parameters), and costs less.
-    """
-    if route.groups or not route.residual or not len(route) or not torch.equal(*_first_and_all(route)):
-        return route
-    return route.row_weights()[0] or BASE_LABEL
-
-
-def _first_and_all(route: Route) -> tuple[torch.Tensor, torch.Tensor]:
-    return route.weights[:1].expand_as(route.weights), route.weights
-
-
 def check_prompt(prompt: Any) -> str | Chat:
     """
     Return `prompt` as text or `Chat`.
 
     Raises:
-        ValueError: an empty text, an empty chat, an empty last user message.
+        ValueError: an empty text, an empty chat, an empty last user message, a text that no encoding can write.
         TypeError: neither text nor chat.
     """
     if isinstance(prompt, list | tuple):
@@ -125,6 +109,14 @@ def check_prompt(prompt: Any) -> str | Chat:
         raise TypeError(f"A prompt is a text or a chat (a list of messages), not {type(prompt).__name__}.")
     if not prompt.strip():
         raise ValueError("The prompt is empty; pass a text with at least one visible character.")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:  # tokenizers call it a wrong type
+        character = prompt[error.start]
+        raise ValueError(
+            f"The prompt is no valid text: character {error.start} is {character!r}, half of a pair. Read the text in "
+            "its own encoding, or with errors='replace'."
+        ) from error
     return prompt
 
 

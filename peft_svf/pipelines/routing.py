@@ -14,7 +14,8 @@ from transformers.utils.chat_template_utils import Chat
 from peft_svf.dispatch import Dispatcher, as_dispatcher
 from peft_svf.dispatch.route import MIXTURE, Prompt, Route
 from peft_svf.experts.bank import BASE_LABEL, ExpertBank
-from peft_svf.pipelines.requests import Pinned, Request, check_pinned, check_prompt, pinned_route, whole_batch
+from peft_svf.pipelines.requests import Pinned, Request, check_pinned, check_prompt, pinned_route
+from peft_svf.pipelines.row_groups import join_rows, row_groups, take_rows
 from peft_svf.pipelines.saving import save_pipeline, saved_dispatcher
 from peft_svf.pipelines.wrapping import as_bank
 
@@ -133,8 +134,27 @@ class RoutingMixin:
 
     def _second_pass(self, model_inputs: Any, route: Route, **generate_kwargs: Any) -> Any:
         self.model = self.bank.model  # the first expert of a bank without experts makes it a PeftModel
-        with self.bank.routed(whole_batch(route)):
-            return super()._forward(model_inputs, **generate_kwargs)  # type: ignore[misc]
+        groups = row_groups(self.bank, route)
+        if len(groups) == 1:
+            with self.bank.routed(route):
+                return self._generate(model_inputs, **generate_kwargs)
+        self._refuse_streamer(generate_kwargs)
+        outputs = []
+        for rows in groups:
+            with self.bank.routed(route[rows]):
+                outputs.append(self._generate(take_rows(model_inputs, rows), **generate_kwargs))
+        return join_rows(outputs, groups, self.bank.tokenizer.pad_token_id)
+
+    def _generate(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
+        return super()._forward(model_inputs, **generate_kwargs)  # type: ignore[misc]
+
+    def _refuse_streamer(self, generate_kwargs: dict[str, Any]) -> None:
+        of_call = generate_kwargs.get("generate_kwargs") or generate_kwargs  # the image pipeline has them in one
+        if {**self._generate_kwargs, **of_call}.get("streamer") is not None:
+            raise ValueError(
+                "A streamer follows one generate, but the experts of this batch adapt modules that cannot tell rows "
+                "apart, so that each expert needs its own; pass batch_size=1."
+            )
 
     def _route(self, requests: list[Request]) -> Route:
         """First pass: the dispatcher's route of the rows that are not pinned, put together with the others."""

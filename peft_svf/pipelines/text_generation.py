@@ -9,11 +9,12 @@ from transformers.pipelines.text_generation import ReturnType
 from transformers.utils.chat_template_utils import Chat
 
 from peft_svf.answering import answer_text, plain_prompt
+from peft_svf.pipelines.context import ContextMixin
 from peft_svf.pipelines.requests import check_inputs
 from peft_svf.pipelines.routing import RoutingMixin
 
 
-class Transformer2Pipeline(RoutingMixin, TextGenerationPipeline):  # type: ignore[misc]
+class Transformer2Pipeline(RoutingMixin, ContextMixin, TextGenerationPipeline):  # type: ignore[misc]
     """
     transformers' text generation pipeline with the self-adaptation of Transformer² (arXiv 2501.06252, section 3.2).
 
@@ -112,47 +113,8 @@ class Transformer2Pipeline(RoutingMixin, TextGenerationPipeline):  # type: ignor
         begun = answer_text(messages[-1:])
         return plain_prompt(messages[:-1]) + begun if messages[1:] else begun
 
-    @property
-    def _context_length(self) -> int | None:
-        return getattr(self.bank.base_model.config.get_text_config(), "max_position_embeddings", None)
-
-    def _check_context(self, prompt_tokens: int, generate_kwargs: dict[str, Any]) -> None:
-        context = self._context_length
-        if context is None:
-            return
-        new_tokens = self._asked_new_tokens(prompt_tokens, generate_kwargs)
-        if prompt_tokens + (new_tokens or 1) <= context:
-            return
-        room = context - prompt_tokens
-        remedy = f"pass max_new_tokens={room} or shorten the prompt" if room > 0 else "shorten the prompt"
-        asked = f" and max_new_tokens is {new_tokens}" if new_tokens else ""
-        raise ValueError(
-            f"The prompt has {prompt_tokens} tokens{asked}, but the model's context is {context}; {remedy}."
-        )
-
-    def _asked_new_tokens(self, prompt_tokens: int, generate_kwargs: dict[str, Any]) -> int | None:
-        """How many tokens user or model ask for; `None` if that is left to the pipeline."""
-        if "generation_config" not in generate_kwargs:
-            generate_kwargs = {**self._generate_kwargs, **generate_kwargs}
-        configs = (generate_kwargs.get("generation_config"), self.model.generation_config)
-
-        def asked(name: str) -> int | None:
-            given = (generate_kwargs.get(name), *(getattr(config, name, None) for config in configs))
-            return next((value for value in given if value is not None), None)
-
-        new_tokens, length = asked("max_new_tokens"), asked("max_length")
-        return length - prompt_tokens if new_tokens is None and length is not None else new_tokens
-
-    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:  # type: ignore[override]
-        return super()._forward(model_inputs, prompt_length=model_inputs["input_ids"].shape[-1], **generate_kwargs)
-
-    def _prepare_generate_kwargs(self, generate_kwargs: dict[str, Any], **overrides: Any) -> dict[str, Any]:
-        # The default number of new tokens yields to the room that the longest prompt of the batch leaves
-        prompt_length = generate_kwargs.pop("prompt_length", None)
-        context = self._context_length
-        if prompt_length and context and self._asked_new_tokens(prompt_length, generate_kwargs) is None:
-            overrides["max_new_tokens"] = min(self._default_generation_config.max_new_tokens, context - prompt_length)
-        return super()._prepare_generate_kwargs(generate_kwargs, **overrides)
+    def _generate(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
+        return super()._generate(model_inputs, prompt_length=model_inputs["input_ids"].shape[-1], **generate_kwargs)
 
     def postprocess(  # type: ignore[override]
         self, model_outputs: Any, return_type: ReturnType | None = None, **kwargs: Any

@@ -6,11 +6,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from peft_svf.experts.bank import ExpertBank, ExpertBankError
+from peft_svf.experts.bank_config import BASE_FOLDER
 from peft_svf.tuner.names import PEFT_PREFIX
 
 
@@ -89,10 +90,17 @@ def _from_checkpoint(folder_or_id: str | Path) -> Any:
     """A bank, or the model with the adapter of a repository that holds one adapter at its root."""
     if isinstance(folder_or_id, Path) and not folder_or_id.is_dir():
         return ExpertBank.from_pretrained(folder_or_id)  # says what is wrong
-    has_config = (Path(folder_or_id) / "config.json").is_file()
-    if not has_config and find_adapter_config_file(str(folder_or_id)) is not None:
+    folder = Path(folder_or_id)
+    if not (folder / "config.json").is_file() and find_adapter_config_file(str(folder_or_id)) is not None:
+        if _base_of(folder) == BASE_FOLDER and (base := folder.absolute().parent / BASE_FOLDER).is_dir():
+            return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder))
         return AutoModelForCausalLM.from_pretrained(str(folder_or_id))
     return ExpertBank.from_pretrained(folder_or_id)
+
+
+def _base_of(folder: Path) -> str | None:
+    """The base model that an adapter in a local folder names; an expert inside a bank names the folder beside it."""
+    return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path if folder.is_dir() else None
 
 
 def _check_causal_lm(model: Any) -> None:

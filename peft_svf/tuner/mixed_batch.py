@@ -69,6 +69,18 @@ class MixedBatch:
         """Whether all rows run under the same mixture."""
         return len(self.weights) < 2
 
+    def equal_rows(self) -> list[list[int]]:
+        """The rows, those of the same mixture together."""
+        groups: list[list[int]] = [[] for _ in self.weights]
+        for row, mixture in enumerate(self._rows_of.tolist()):
+            groups[mixture].append(row)
+        return groups
+
+    def changes(self, layer: SVFLayer) -> bool:
+        """Whether a row may run under other weights than those of the base model in `layer`."""
+        used = [name for name, is_used in zip(self.adapters, self._used, strict=True) if is_used or not self.residual]
+        return not layer.svf_offset.keys().isdisjoint(used)
+
     def row_offsets(self, layer: SVFLayer, x: torch.Tensor) -> torch.Tensor | None:
         """The offsets for the input x of `layer`.
 

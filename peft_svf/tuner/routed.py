@@ -97,9 +97,7 @@ def share_batches(model: nn.Module) -> BatchesByThread:
 
 def refuse_layers_without_rows(model: nn.Module, layers: list[SVFLayer], batch: MixedBatch) -> None:
     """Raise a `ValueError` that names a layer which the batch changes, but cannot tell the rows of the batch apart."""
-    blind = {
-        layer for layer in layers if not layer.svf_sees_rows and not layer.svf_offset.keys().isdisjoint(batch.adapters)
-    }
+    blind = {layer for layer in layers if not layer.svf_sees_rows and batch.changes(layer)}
     if not blind:
         return
     first = next(module for module in model.modules() if isinstance(module, SVFLayer) and module in blind)

@@ -73,7 +73,7 @@ class FewShotDispatcher:
         folds (`int`, *optional*, defaults to 5): Of the cross-validation; never more than examples.
         validation_iterations (`int`, *optional*, defaults to 10):
             Generations at most of each search in the cross-validation, of which there are configurations times folds.
-        batch_size (`int`, *optional*, defaults to 128): Answers generated at once; halved if that does not fit.
+        batch_size (`int`, *optional*, defaults to 256): At most so many answers at once; halved if they do not fit.
         processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): Defaults to the bank's tokenizer.
         chat_template_kwargs (`Mapping`, *optional*): For the chat template, e.g. `{"enable_thinking": False}`.
 
@@ -104,7 +104,7 @@ class FewShotDispatcher:
         configurations: Sequence[MixtureSpace] | None = None,
         folds: int = 5,
         validation_iterations: int = 10,
-        batch_size: int = 128,
+        batch_size: int = 256,
         processing_class: Processor | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:

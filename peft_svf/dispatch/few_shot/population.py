@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,18 +49,20 @@ class Outcomes:
 
 class Population:
     """
-    Lets candidates answer the examples. All of them at once are N × M rows, cut into batches that fit into memory.
+    Lets candidates answer the examples. All of them at once are N × M rows, cut into even batches.
 
     Under `accelerate launch` the batches are dealt out to the processes, which must all make the same calls, and each
-    gets all outcomes: bit for bit those of a single process. Answers are judged once: a reward is expected to say the
-    same of the same answer whenever it is asked.
+    gets all outcomes: bit for bit those of a single process. Equal candidates, of which clamping to the corners makes
+    some in every generation, answer once. Answers are judged once: a reward is expected to say the same of the same
+    answer whenever it is asked.
 
     Args:
         generator ([`AnswerGenerator`]): The bank's, with `routed`.
         examples (`Dataset`): M rows with `prompt` and the columns that the reward needs.
         reward (`Callable`): A reward function in TRL's signature; an answer is right if its reward is positive.
-        batch_size (`int`, *optional*, defaults to 128):
-            Answers generated at once. A batch that does not fit is halved, and the next population starts with halves.
+        batch_size (`int`, *optional*, defaults to 256):
+            At most so many answers at once. A batch that does not fit is halved, and the next population starts with
+            halves.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class Population:
         generator: AnswerGenerator,
         examples: Dataset,
         reward: Callable[..., list[float | None]],
-        batch_size: int = 128,
+        batch_size: int = 256,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` is at least 1, not {batch_size}.")
@@ -89,13 +93,12 @@ class Population:
         rows = range(len(self.prompts)) if rows is None else rows
         longest_first = sorted(range(len(rows)), key=lambda i: -len(self.texts[rows[i]][0]))
         # The candidates' rows of one example lie together: equally long, so nothing is padded
-        jobs = [(candidate, i) for i in longest_first for candidate in range(len(candidates))]
-        found = self._answer(candidates, [(candidate, rows[i]) for candidate, i in jobs])
-        answers: list[list[str]] = [[""] * len(rows) for _ in range(len(candidates))]
-        likelihoods = torch.zeros(len(candidates), len(rows), dtype=torch.float64)
-        for (candidate, i), answer in zip(jobs, found, strict=True):
-            answers[candidate][i] = answer.text
-            likelihoods[candidate, i] = answer.log_likelihood
+        first = _first_equals(candidates)
+        jobs = [(candidate, i) for i in longest_first for candidate in dict.fromkeys(first)]
+        found = dict(zip(jobs, self._answer(candidates, [(candidate, rows[i]) for candidate, i in jobs]), strict=True))
+        given = [[found[candidate, i] for i in range(len(rows))] for candidate in first]
+        answers = [[answer.text for answer in own] for own in given]
+        likelihoods = torch.tensor([[answer.log_likelihood for answer in own] for own in given], dtype=torch.float64)
         verdicts = self._judge({(row, own[i]) for own in answers for i, row in enumerate(rows)})
         right = [[verdicts[row, own[i]] for i, row in enumerate(rows)] for own in answers]
         return Outcomes(answers, torch.tensor(right), likelihoods)
@@ -103,7 +106,9 @@ class Population:
     @torch.no_grad()
     def _answer(self, candidates: Route, jobs: list[tuple[int, int]]) -> list[ScoredAnswer]:
         """The answer of each (candidate, row); every process makes its share of the batches."""
-        batches = [jobs[start : start + self.batch_size] for start in range(0, len(jobs), self.batch_size)]
+        count = math.ceil(len(jobs) / self.batch_size)
+        bounds = [len(jobs) * number // count for number in range(count + 1)]  # a small last batch takes as many steps
+        batches = [jobs[start:end] for start, end in itertools.pairwise(bounds)]
         with self.generator.ready(seed=0):
             own = [
                 (number, self._answer_batch(candidates, batch))
@@ -134,3 +139,9 @@ class Population:
             verdicts = [reward is not None and reward > 0 for reward in rewards]
         self._verdicts.update(self.processes.gather(list(zip(own, verdicts, strict=True))))
         return self._verdicts
+
+
+def _first_equals(candidates: Route) -> list[int]:
+    """For each candidate the first that has the same weights."""
+    first: dict[tuple[float, ...], int] = {}
+    return [first.setdefault(tuple(row), index) for index, row in enumerate(candidates.weights.flatten(1).tolist())]
