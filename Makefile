@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
+# A test file stays with one worker, which makes its fixtures once; in alphabetical order the long files do not come last.
+PYTEST_PARALLEL := -n $(PYTEST_WORKERS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test test-upstream test-upstream-fast check-rewards test-faults lint clean
+.PHONY: demo test test-slow test-upstream test-upstream-fast check-rewards test-faults lint clean
 
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,7 +17,10 @@ demo: $(VENV)/.installed  ## train three experts and answer mixed prompts, offli
 	$(BIN)/peft-svf demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## the whole test-suite
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+	$(BIN)/python -m pytest $(PYTEST_PARALLEL)
+
+test-slow: $(VENV)/.installed  ## the thorough forms of tests that `make test` runs in small
+	$(BIN)/python -m pytest $(PYTEST_PARALLEL) -m slow
 
 test-upstream: $(VENV)/.installed  ## PEFT's own test-suite with SVF
 	$(BIN)/python tests/upstream/run.py --workers $(PYTEST_WORKERS)

@@ -43,7 +43,7 @@ STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories26
 
 
 def pytest_collection_finish() -> None:
-    """Take what is imported out of the reach of garbage collection: each full one would visit two million objects."""
+    """Take what is imported, half a million objects, out of the reach of garbage collection."""
     gc.collect()
     gc.freeze()
 
@@ -51,7 +51,7 @@ def pytest_collection_finish() -> None:
 def compile_once(self: jinja2.Environment, source: Any, *args: Any, **options: Any) -> Any:
     """`jinja2.Environment.compile`; the text of a template only once for each environment.
 
-    The three model cards of a checkpoint are compiled anew whenever one is saved, a fifth of a small training's time.
+    The three model cards of a checkpoint are compiled anew whenever one is saved, a sixth of a small training's time.
     """
     if args or options or not isinstance(source, str):
         return compile_template(self, source, *args, **options)

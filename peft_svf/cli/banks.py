@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from peft_svf.cli.models import check_adapter
 from peft_svf.experts import ExpertBank, ExpertEntry
-from peft_svf.experts.bank import MODEL_TYPE
+from peft_svf.experts.bank_config import MODEL_TYPE
 from peft_svf.playground import BANK_FOLDER
 
 

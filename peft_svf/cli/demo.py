@@ -15,7 +15,7 @@ from peft_svf.cli.generate import who
 from peft_svf.cli.playground_experts import BASE_FOLDER, TrainingReport, assemble_bank, train_expert
 from peft_svf.cli.terminal import indented, table
 from peft_svf.experts import BASE_LABEL, ExpertBank
-from peft_svf.experts.bank import check_replaceable
+from peft_svf.experts.bank_config import check_replaceable
 from peft_svf.pipelines import Transformer2Pipeline
 from peft_svf.playground import BANK_FOLDER, generate_problems
 from peft_svf.playground.families import FAMILIES

@@ -69,9 +69,12 @@ def _standard_input() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise ValueError("there is no prompt: pass PROMPT ..., --file FILE, or a text on standard input")
     try:
-        return sys.stdin.read().strip()
+        text = sys.stdin.read().strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is not text in UTF-8 ({error})") from error
+    if not text:
+        raise ValueError("there is no prompt: standard input is empty; pass PROMPT ... or --file FILE")
+    return text
 
 
 def _of_text(file: Path) -> list[Question]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 
 from peft_svf.dispatch.adapter_state import AdapterState
 from peft_svf.dispatch.prompt import PromptDispatcher
-from peft_svf.experts.bank import ExpertBank
+from peft_svf.experts.bank import ExpertBank, ExpertBankError
+from peft_svf.experts.bank_loading import load_expert
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.mixed_batch import MixedBatch
 
@@ -99,19 +98,11 @@ def find_classifier(model: PeftModel, name_or_folder: str | Path) -> str:
 
 
 def _load(model: PeftModel, folder: Path) -> str:
-    try:
-        kind = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / 'adapter_config.json'} is damaged ({error}); save the adapter again.") from error
-    if kind != "SVF":
-        raise ValueError(f"The adapter in {folder} is of type {kind}; a classifier is of type SVF.")
     name = next(free for free in _names() if free not in model.peft_config)
     try:
-        model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        if name in model.peft_config:
-            model.delete_adapter(name)
-        raise ValueError(f"The classifier in {folder} cannot be loaded: {error}") from error
+        load_expert(model, folder, name, f"the folder {folder}")
+    except ExpertBankError as error:
+        raise ValueError(f"There is no classifier in {folder}: {error}") from error
     return name
 
 

@@ -8,7 +8,19 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedConfig
 
-from peft_svf.experts.bank import MODEL_TYPE, ExpertBank
+from peft_svf.experts.bank import ExpertBank
+from peft_svf.experts.bank_config import MODEL_TYPE
+
+
+_ABOUT_THE_BANK = (  # not about the base model
+    "config",
+    "trust_remote_code",
+    "code_revision",
+    "adapter_kwargs",
+    "_commit_hash",
+    "_from_pipeline",
+    "_from_auto",
+)
 
 
 class Transformer2Config(PreTrainedConfig):
@@ -54,8 +66,8 @@ class Transformer2ForCausalLM:
         Raises:
             ExpertBankError: see [`ExpertBank.from_pretrained`].
         """
-        for name in ("config", "trust_remote_code", "code_revision", "adapter_kwargs", "_from_pipeline", "_from_auto"):
-            kwargs.pop(name, None)  # about the bank, not about the base model
+        for name in _ABOUT_THE_BANK:
+            kwargs.pop(name, None)
         revision = kwargs.pop("revision", None)
         revision = None if revision is None else str(getattr(revision, "resolved", revision))
         bank = ExpertBank.from_pretrained(pretrained_model_name_or_path, revision=revision, **kwargs)

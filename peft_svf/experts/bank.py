@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,12 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from peft_svf.experts.bank_config import (
     BASE_LABEL,
-    MODEL_TYPE,
     BankConfig,
     ExpertBankError,
     ExpertEntry,
     check_entries,
-    check_replaceable,
 )
 from peft_svf.experts.bank_loading import (
     adapter_types,
@@ -32,41 +30,14 @@ from peft_svf.experts.bank_loading import (
     svf_adapters,
 )
 from peft_svf.experts.bank_saving import save_bank
+from peft_svf.experts.route_weights import RouteWeights
 from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.mixed_batch import MixedBatch
 
 
-__all__ = [
-    "BASE_LABEL",
-    "MODEL_TYPE",
-    "ExpertBank",
-    "ExpertBankError",
-    "ExpertEntry",
-    "RouteWeights",
-    "check_replaceable",
-]
+__all__ = ["BASE_LABEL", "ExpertBank", "ExpertBankError", "ExpertEntry"]
 
 _LAYER = re.compile(r".*?\.\d+(?=\.)")  # of a module's name, up to the number of its layer
-
-
-class RouteWeights(Protocol):
-    """What a bank needs to know of a [`~peft_svf.dispatch.Route`]."""
-
-    @property
-    def weights(self) -> torch.Tensor:
-        """Shape (B, K) or (B, G, K)."""
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """The K experts."""
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """The G groups of matrices, if the weights have any."""
-
-    @property
-    def residual(self) -> bool:
-        """Whether the base model has the rest of the weight."""
 
 
 class ExpertBank:

@@ -74,7 +74,7 @@ def bank_folder(folder_or_id: str | Path, revision: str | None, token: str | Non
         return folder.absolute()
     if not _is_hub_id(folder_or_id):
         raise ExpertBankError(f"There is no bank folder {folder_or_id} (and it is no Hub id, user/name).")
-    return _download(str(folder_or_id), revision, token, _BANK_FILES, "bank")
+    return _download(str(folder_or_id), revision, token, _BANK_FILES, "a bank")
 
 
 def expert_folder(folder_or_id: str | Path, revision: str | None, token: str | None) -> Path:
@@ -84,7 +84,7 @@ def expert_folder(folder_or_id: str | Path, revision: str | None, token: str | N
         return folder.absolute()
     if not _is_hub_id(folder_or_id):
         raise ExpertBankError(f"There is no expert in {folder_or_id}: no such folder (and no Hub id, user/name).")
-    return _download(str(folder_or_id), revision, token, list(ADAPTER_FILES), "expert")
+    return _download(str(folder_or_id), revision, token, list(ADAPTER_FILES), "an expert")
 
 
 def load_expert(model: PreTrainedModel | PeftModel, folder: Path, name: str, where: str) -> PeftModel:
@@ -102,7 +102,9 @@ def load_expert(model: PreTrainedModel | PeftModel, folder: Path, name: str, whe
     """
     for file in ADAPTER_FILES:
         if not (folder / file).is_file():
-            raise ExpertBankError(f"T{where[1:]} is incomplete: {folder.name}/{file} is missing; save it again.")
+            raise ExpertBankError(
+                f"{where[0].upper()}{where[1:]} is incomplete: {folder.name}/{file} is missing; save it again."
+            )
     try:
         kind = json.loads((folder / ADAPTER_FILES[0]).read_text("utf-8"))["peft_type"]
         if kind != "SVF":
@@ -152,8 +154,9 @@ def _download(repository: str, revision: str | None, token: str | None, patterns
     try:  # one commit, then local files only
         return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        message = f"{repository} is neither a folder here nor an {what} that can be downloaded: {error}"
-        raise ExpertBankError(message.replace("an bank", "a bank")) from error
+        raise ExpertBankError(
+            f"{repository} is neither a folder here nor {what} that can be downloaded: {error}"
+        ) from error
 
 
 def adapter_types(model: PreTrainedModel | PeftModel) -> dict[str, str]:

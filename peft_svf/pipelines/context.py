@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
-
-from transformers import GenerationConfig
 
 
 class ContextMixin:
     """Comes before the transformers pipeline in the bases of a class."""
 
-    _default_generation_config: GenerationConfig
-    _generate_kwargs: dict[str, Any]  # of construction
+    _default_generation_config: Any  # a GenerationConfig
+    _generate_kwargs: dict[str, Any] = {}  # said at construction; older versions of transformers do not set it apart
     model: Any
 
     @property
@@ -41,22 +40,31 @@ class ContextMixin:
 
     def _asked_new_tokens(self, prompt_tokens: int, generate_kwargs: dict[str, Any]) -> int | None:
         """How many tokens user or model ask for; `None` if that is left to the pipeline."""
-        if "generation_config" not in generate_kwargs:
-            generate_kwargs = {**self._generate_kwargs, **generate_kwargs}
-        configs = (generate_kwargs.get("generation_config"), self.model.generation_config)
+        given = self._given(generate_kwargs)
+        configs = (given.get("generation_config"), self.model.generation_config)
 
         def asked(name: str) -> int | None:
-            given = (generate_kwargs.get(name), *(getattr(config, name, None) for config in configs))
-            return next((value for value in given if value is not None), None)
+            values = (given.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in values if value is not None), None)
 
         new_tokens, length = asked("max_new_tokens"), asked("max_length")
         return length - prompt_tokens if new_tokens is None and length is not None else new_tokens
 
-    def _prepare_generate_kwargs(self, generate_kwargs: dict[str, Any], **overrides: Any) -> dict[str, Any]:
-        # The default number of new tokens yields to the room that the longest prompt of the batch leaves
-        prompt_length = generate_kwargs.pop("prompt_length", None)
-        context = self._context_length
-        if prompt_length and context and self._asked_new_tokens(prompt_length, generate_kwargs) is None:
-            overrides["max_new_tokens"] = min(self._default_generation_config.max_new_tokens, context - prompt_length)
-        prepared: dict[str, Any] = super()._prepare_generate_kwargs(generate_kwargs, **overrides)  # type: ignore[misc]
-        return prepared
+    def _in_context(self, prompt_tokens: int, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments, in which the default number of new tokens yields to the room that a prompt leaves."""
+        default, context = self._default_generation_config.max_new_tokens, self._context_length
+        room = default if context is None else min(default, context - prompt_tokens)
+        if room == default or self._asked_new_tokens(prompt_tokens, generate_kwargs) is not None:
+            return generate_kwargs
+        given = self._given(generate_kwargs)
+        config = copy.deepcopy(given.get("generation_config"))
+        if config is None:
+            return {**generate_kwargs, "max_new_tokens": room}
+        config.max_new_tokens = room  # beside a configuration, generate wants no arguments
+        return {**given, "generation_config": config}
+
+    def _given(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a call asks of generate; its `generation_config` replaces all that was said at construction."""
+        return (
+            generate_kwargs if "generation_config" in generate_kwargs else {**self._generate_kwargs, **generate_kwargs}
+        )

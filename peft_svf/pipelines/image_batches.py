@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2.meta import find_undeclared_variables
 from transformers import GenerationConfig, GenerationMixin, ImageTextToTextPipeline
 from transformers.image_utils import load_image
 from transformers.pipelines.image_text_to_text import ReturnType
-from transformers.utils.chat_template_utils import Chat, _get_template_variables
+from transformers.utils.chat_template_utils import Chat, _compile_jinja_template
 
 from peft_svf.pipelines.context import ContextMixin
 
@@ -111,8 +112,9 @@ class BatchedImageTextToTextPipeline(ContextMixin, ImageTextToTextPipeline):
         prompt_length = batch["input_ids"].shape[-1]
         generate_kwargs = generate_kwargs or {}
         self._check_context(prompt_length, generate_kwargs, "tokens with its images", _SHORTER)
-        generate_kwargs = {**generate_kwargs, "prompt_length": prompt_length}
-        outputs: dict[str, Any] = super()._forward(batch, generate_kwargs=generate_kwargs)
+        outputs: dict[str, Any] = super()._forward(
+            batch, generate_kwargs=self._in_context(prompt_length, generate_kwargs)
+        )
         return outputs
 
     def _process(self, rendered: list[str], images: list[list[Any]], processor_kwargs: dict[str, Any]) -> Any:
@@ -136,7 +138,8 @@ class BatchedImageTextToTextPipeline(ContextMixin, ImageTextToTextPipeline):
 
 def _template_variables(chat_template: str | dict[str, str] | None) -> set[str]:
     templates = chat_template.values() if isinstance(chat_template, dict) else [chat_template]
-    return {name for template in templates for name in _get_template_variables(template)}
+    parsed = [_compile_jinja_template(text).environment.parse(text) for text in templates if text is not None]
+    return {name for template in parsed for name in find_undeclared_variables(template)}
 
 
 def _generation_arguments(model: Any) -> set[str]:

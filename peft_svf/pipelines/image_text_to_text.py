@@ -15,7 +15,7 @@ from peft_svf.dispatch.route import Prompt
 from peft_svf.experts.bank import ExpertBank
 from peft_svf.pipelines.image_batches import BatchedImageTextToTextPipeline, ImageQuestion
 from peft_svf.pipelines.requests import check_inputs
-from peft_svf.pipelines.routing import RoutingMixin
+from peft_svf.pipelines.routing import TOKENIZING, RoutingMixin
 from peft_svf.pipelines.wrapping import as_bank
 
 
@@ -33,8 +33,8 @@ class Transformer2ImageTextToTextPipeline(RoutingMixin, BatchedImageTextToTextPi
     fit into one batch. What [`Transformer2Pipeline`] says about records, defaults and generation arguments holds here
     too; `input_text` of a record is the prompt.
 
-    A vision tower sees images and not rows: leave it out of the training with `SVFConfig(exclude_modules=...)`, or each
-    expert of a batch needs a `generate` of its own.
+    A vision tower sees images and not rows: leave it out of the training with `SVFConfig(exclude_modules=...)`, or
+    each expert of a batch needs a `generate` of its own.
 
     Args:
         model (`str`, `ExpertBank`, `PeftModel` or `PreTrainedModel`):
@@ -111,6 +111,10 @@ class Transformer2ImageTextToTextPipeline(RoutingMixin, BatchedImageTextToTextPi
 
     def _question(self, prompt: Any) -> Prompt:
         return prompt.text if isinstance(prompt, ImageQuestion) else super()._question(prompt)
+
+    def _process(self, *args: Any) -> Any:
+        with TOKENIZING:
+            return super()._process(*args)
 
     def _generate(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
         model = self.bank.base_model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,16 +24,25 @@ from peft_svf.pipelines.wrapping import as_bank
 
 NAMELESS = "default"  # what PEFT calls an adapter that nobody named
 
+# A tokenizer keeps truncation and padding from one call to the next, and threads and pipelines share it
+TOKENIZING = threading.RLock()
+if hasattr(os, "register_at_fork"):  # data loader workers must not inherit it from a thread that they do not have
+    os.register_at_fork(
+        before=TOKENIZING.acquire, after_in_parent=TOKENIZING.release, after_in_child=TOKENIZING.release
+    )
+
 
 class RoutingMixin:
     """
     First pass: the dispatcher chooses an expert or a mixture for every prompt of a batch that is not pinned. Second
-    pass: one `generate` for the whole batch, each row under its own weights. Nothing of the model is changed, and a
-    route belongs to the thread that runs the batch, so threads may share a pipeline.
+    pass: one `generate` for the whole batch, each row under its own weights; or one for each of the experts, where
+    they adapt modules that cannot tell rows apart (vision towers, the experts of a mixture-of-experts model). Nothing
+    of the model is changed, and a route belongs to the thread that runs the batch, so threads may share a pipeline.
 
     Comes before the transformers pipeline in the bases of a class. The `preprocess` of that pipeline has to return a
     mapping; its `_forward` has to call `self.model.generate` once, with the rows of the batch in their order, and to
-    return a dict whose first value has one entry for each row (unbatching reads the batch size from it).
+    return a dict of the form that [`~peft_svf.pipelines.row_groups.join_rows`] knows, whose first value has one entry
+    for each row (unbatching reads the batch size from it).
 
     What a subclass may override:
 
@@ -39,6 +50,7 @@ class RoutingMixin:
     - `_read_request(inputs)`: takes one input of a call apart into what is answered and what it is pinned to.
     - `_preprocess_prompt(prompt, **kwargs)`: tokenizes the first of the two.
     - `_question(prompt)`: the text or chat that the dispatcher is asked about.
+    - `_generate(model_inputs, **kwargs)`: the `_forward` of that pipeline, on rows that are generated at once.
     """
 
     _load_tokenizer = False  # the bank has it
@@ -54,7 +66,7 @@ class RoutingMixin:
         if isinstance(tokenizer, str):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.bank = self._as_bank(model, tokenizer)
-        _give_pad_token(self.bank.tokenizer)
+        _pad_for_generation(self.bank.tokenizer)
         self.dispatcher: Dispatcher = self._as_dispatcher(dispatcher)
         super().__init__(model=self.bank.model, tokenizer=self.bank.tokenizer, **kwargs)  # type: ignore[call-arg]
 
@@ -97,7 +109,8 @@ class RoutingMixin:
         """Tokenize one prompt; `{"text" | "messages": ..., "expert": ...}` pins the expert of this prompt."""
         prompt, pinned = self._read_request(inputs)
         pinned = expert if pinned is None else check_pinned(self.bank, pinned)
-        model_inputs = self._preprocess_prompt(prompt, **kwargs)
+        with TOKENIZING:
+            model_inputs = self._preprocess_prompt(prompt, **kwargs)
         model_inputs["request"] = Request(prompt, pinned)  # in every item: a batch needs the same keys in all
         return model_inputs
 
@@ -150,7 +163,7 @@ class RoutingMixin:
 
     def _refuse_streamer(self, generate_kwargs: dict[str, Any]) -> None:
         of_call = generate_kwargs.get("generate_kwargs") or generate_kwargs  # the image pipeline has them in one
-        if {**self._generate_kwargs, **of_call}.get("streamer") is not None:
+        if {**getattr(self, "_generate_kwargs", {}), **of_call}.get("streamer") is not None:
             raise ValueError(
                 "A streamer follows one generate, but the experts of this batch adapt modules that cannot tell rows "
                 "apart, so that each expert needs its own; pass batch_size=1."
@@ -210,7 +223,8 @@ def _adaptations(route: Route) -> list[dict[str, Any]]:
     return adaptations
 
 
-def _give_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Any token will do, batches hide it by the attention mask."""
+def _pad_for_generation(tokenizer: PreTrainedTokenizerBase) -> None:
+    """On the left, with any token: batches hide it by the attention mask."""
+    tokenizer.padding_side = "left"  # older versions of transformers leave it as it is
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

@@ -19,9 +19,10 @@ class Transformer2Pipeline(RoutingMixin, ContextMixin, TextGenerationPipeline): 
     transformers' text generation pipeline with the self-adaptation of Transformer² (arXiv 2501.06252, section 3.2).
 
     First pass: a dispatcher chooses an expert, a mixture of experts or the base model for each prompt. Second pass:
-    the whole batch is generated at once, each row under its own weights. Everything `TextGenerationPipeline` takes
-    works here: lists, chats, datasets, generators, `batch_size`, `num_return_sequences`, beams, streamers, an
-    assistant model, generation arguments. The differences:
+    the whole batch is generated at once, each row under its own weights (one `generate` for each of the experts, where
+    they adapt those of a mixture-of-experts model). Everything `TextGenerationPipeline` takes works here: lists,
+    chats, datasets, generators, `batch_size`, `num_return_sequences`, beams, streamers, an assistant model, generation
+    arguments. The differences:
 
     - Greedy decoding, at most 256 new tokens and never more than the context has room for, unless the model's
       generation config or the call says otherwise.
@@ -33,8 +34,7 @@ class Transformer2Pipeline(RoutingMixin, ContextMixin, TextGenerationPipeline): 
       zeros). With `return_seconds=True` also `first_pass_seconds` and `second_pass_seconds`, of the whole batch that
       the prompt was answered in.
 
-    Threads may share a pipeline: none sees another's route. (Tokenizers keep `truncation` and `padding` from one call
-    to the next, so leave these two to one thread.)
+    Threads may share a pipeline: none sees another's route, or what another asks of the tokenizer.
 
     Args:
         model (`str`, `ExpertBank`, `PeftModel` or `PreTrainedModel`):
@@ -114,7 +114,9 @@ class Transformer2Pipeline(RoutingMixin, ContextMixin, TextGenerationPipeline): 
         return plain_prompt(messages[:-1]) + begun if messages[1:] else begun
 
     def _generate(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
-        return super()._generate(model_inputs, prompt_length=model_inputs["input_ids"].shape[-1], **generate_kwargs)
+        return super()._generate(
+            model_inputs, **self._in_context(model_inputs["input_ids"].shape[-1], generate_kwargs)
+        )
 
     def postprocess(  # type: ignore[override]
         self, model_outputs: Any, return_type: ReturnType | None = None, **kwargs: Any

@@ -137,6 +137,13 @@ class _FollowingMethod:
             return self.original(*args, **kwargs)
         return _FOLLOWED[self.name](batch, self.original, *args, **kwargs)
 
+    def __reduce__(self) -> Any:
+        return _itself, (self.original,)  # a copy of the model has no routes
+
+
+def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method
+
 
 def _generate(batch: MixedBatch, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with batch.generating():

@@ -26,16 +26,16 @@ def bank() -> ExpertBank:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[dict[str, str]]]:
-    problems = [problem for family in EXPERTS for problem in generate_problems(family, "test", 3, 0)]
+    problems = [problem for family in EXPERTS for problem in generate_problems(family, "test", 2, 0)]
     return [[{"role": "user", "content": problem.prompt}] for problem in problems]
 
 
 @pytest.fixture(scope="module")
 def route(bank: ExpertBank) -> Route:
-    """Nine rows of weights for each layer, free ones: their sums scale the singular values."""
+    """Six rows of weights for each layer, free ones: their sums scale the singular values."""
     groups = bank.layer_groups()
-    weights = torch.rand(9, len(groups), 3, generator=torch.Generator().manual_seed(0))
-    weights = weights / weights.sum(-1, keepdim=True) * torch.linspace(0.7, 1.4, 9)[:, None, None]
+    weights = torch.rand(6, len(groups), 3, generator=torch.Generator().manual_seed(0))
+    weights = weights / weights.sum(-1, keepdim=True) * torch.linspace(0.7, 1.4, 6)[:, None, None]
     return Route(weights, EXPERTS, groups=groups, residual=False)
 
 
@@ -74,11 +74,15 @@ def likelihood(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, promp
     return float(logits.log_softmax(-1)[torch.arange(len(new)), torch.tensor(new)].sum())
 
 
+@pytest.fixture(scope="module")
+def found(bank: ExpertBank, prompts: list[Any], route: Route) -> list[ScoredAnswer]:
+    return answer(bank, prompts, route)
+
+
 @torch.no_grad()
 def test_each_row_is_answered_and_scored_under_its_own_weights(
-    bank: ExpertBank, prompts: list[Any], route: Route
+    bank: ExpertBank, prompts: list[Any], route: Route, found: list[ScoredAnswer]
 ) -> None:
-    found = answer(bank, prompts, route)
     plain = answer(bank, prompts, None)
     assert [own.text for own in found] != [own.text for own in plain]
     for row, prompt in enumerate(prompts):
@@ -100,26 +104,25 @@ def test_likelihoods_are_those_of_the_model_and_not_of_the_temperature(bank: Exp
 
 
 def test_halving_keeps_rows_and_routes_together(
-    bank: ExpertBank, prompts: list[Any], route: Route, monkeypatch: pytest.MonkeyPatch
+    bank: ExpertBank, prompts: list[Any], route: Route, found: list[ScoredAnswer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = answer(bank, prompts, route)
     generate, sizes = bank.model.generate, []
 
     def small_memory(input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         sizes.append(len(input_ids))
-        if len(input_ids) > 3:
+        if len(input_ids) > 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return generate(input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(bank.model, "generate", small_memory)
     generator = generator_of(bank)
     with torch.no_grad(), generator.ready(seed=0):
-        found = generator.scored_answers([generator.render(prompt) for prompt in prompts], prompts, route=route)
-    assert sizes == [9, 4, 2, 2, 5, 2, 3]
-    assert generator.too_large == 4
-    assert [own.text for own in found] == [own.text for own in expected]
-    likelihoods = [own.log_likelihood for own in found]
-    assert likelihoods == pytest.approx([own.log_likelihood for own in expected], abs=1e-4)
+        halves = generator.scored_answers([generator.render(prompt) for prompt in prompts], prompts, route=route)
+    assert sizes == [6, 3, 1, 2, 3, 1, 2]
+    assert generator.too_large == 3
+    assert [own.text for own in halves] == [own.text for own in found]
+    likelihoods = [own.log_likelihood for own in halves]
+    assert likelihoods == pytest.approx([own.log_likelihood for own in found], abs=1e-4)
 
 
 def test_one_prompt_under_many_routes_is_encoded_once(bank: ExpertBank, prompts: list[Any]) -> None:
@@ -146,11 +149,11 @@ def test_one_prompt_under_many_routes_is_encoded_once(bank: ExpertBank, prompts:
 def test_a_route_that_does_not_fit_is_refused(bank: ExpertBank, prompts: list[Any]) -> None:
     generator = generator_of(bank)
     texts = [generator.render(prompt) for prompt in prompts]
-    with pytest.raises(ValueError, match="route has 2 rows, but there are 9 prompts"):
+    with pytest.raises(ValueError, match="route has 2 rows, but there are 6 prompts"):
         generator.answers(texts, prompts, route=Route.mixture({"math": 1.0}, rows=2))
     generator.routed = None
     with pytest.raises(ValueError, match=r"pass `routed=bank.routed`"):
-        generator.answers(texts, prompts, route=Route.mixture({"math": 1.0}, rows=9))
+        generator.answers(texts, prompts, route=Route.mixture({"math": 1.0}, rows=6))
 
 
 @torch.no_grad()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -127,13 +125,3 @@ def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: p
 )
 def test_sizes_are_readable(size: int, text: str) -> None:
     assert format_bytes(size) == text
-
-
-def test_commands_import_only_what_they_need() -> None:
-    heavy = ("trl", "datasets", "peft_svf.trainers", "peft_svf.cli.demo")
-    code = (
-        "import sys; from peft_svf.cli import main; main(['cache', 'list']); "
-        f"print([name for name in {heavy} if name in sys.modules])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "[]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,11 @@ from peft_svf.cli import main
 
 def test_demo_trains_answers_reports_and_leaves_a_bank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "bank"
-    assert main(["demo", "--steps", "2", "--test-prompts", "16", "--output", str(output)]) == 0
+    assert main(["demo", "--steps", "1", "--test-prompts", "8", "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     for family in ("math", "code", "reasoning"):
-        assert f"{family:9}  2 steps, 3072 parameters" in printed
-        assert any(line.split()[:2] == [family, "16"] for line in printed.splitlines())
+        assert f"{family:9}  1 steps, 3072 parameters" in printed
+        assert any(line.split()[:2] == [family, "8"] for line in printed.splitlines())
     assert "How many apples does Tom have?" in printed
     assert list(ExpertBank.from_pretrained(output).experts) == ["math", "code", "reasoning"]
 
@@ -64,17 +65,23 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in printed for command in ("train", "evaluate", "demo", "cache"))
 
 
-def test_the_module_that_launchers_run_parses_without_importing_what_takes_seconds() -> None:
-    """`python -m peft_svf.cli`; TRL and the data sets are imported when a command runs."""
+def test_commands_import_only_what_they_need(tmp_path: Path) -> None:
+    """TRL and the data sets take seconds; `python -m peft_svf.cli` is what launchers run."""
     program = """
 import runpy, sys
+from peft_svf.cli import main
+heavy = ("trl", "datasets", "peft_svf.trainers", "peft_svf.cli.demo", "peft_svf.cli.train")
+main(["cache", "list"])
+print("cache list:", [name for name in heavy if name in sys.modules])
 sys.argv = ["peft-svf", "evaluate", "--help"]
 try:
     runpy.run_module("peft_svf.cli", run_name="__main__")
 except SystemExit as exit:
     print("status", exit.code)
-print("imported:", [name for name in ("trl", "datasets", "peft_svf.cli.train") if name in sys.modules])
+print("evaluate --help:", [name for name in ("trl", "datasets", "peft_svf.cli.train") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    environment = os.environ | {"PEFT_SVF_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert "cache list: []" in done.stdout
     assert "--adapter" in done.stdout and "status 0" in done.stdout
-    assert "imported: []" in done.stdout
+    assert "evaluate --help: []" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import stat
@@ -20,14 +21,28 @@ IDS = torch.arange(3, 23).reshape(2, 10)
 ENTRIES = {"math": ExpertEntry("arithmetic", "sums"), "code": ExpertEntry("programs")}
 
 
-@pytest.fixture
-def bank(tiny_llama, character_tokenizer, add_experts) -> ExpertBank:
-    return ExpertBank(add_experts(tiny_llama(vocab_size=100)), character_tokenizer, ENTRIES, instruction="Which?")
+PROTOTYPE: list[tuple[ExpertBank, Path]] = []  # the tests get copies of it
 
 
 @pytest.fixture
-def folder(bank: ExpertBank, tmp_path: Path) -> Path:
-    return bank.save_pretrained(tmp_path / "bank", include_base=True)
+def prototype(tiny_llama, character_tokenizer, add_experts, tmp_path_factory) -> tuple[ExpertBank, Path]:
+    """A bank and the folder that it is saved in."""
+    if not PROTOTYPE:
+        model = add_experts(tiny_llama(vocab_size=100))
+        bank = ExpertBank(model, character_tokenizer, ENTRIES, instruction="Which?")
+        folder = bank.save_pretrained(tmp_path_factory.mktemp("prototype") / "bank", include_base=True)
+        PROTOTYPE.append((bank, folder))
+    return PROTOTYPE[0]
+
+
+@pytest.fixture
+def bank(prototype: tuple[ExpertBank, Path]) -> ExpertBank:
+    return copy.deepcopy(prototype[0])
+
+
+@pytest.fixture
+def folder(prototype: tuple[ExpertBank, Path], tmp_path: Path) -> Path:
+    return shutil.copytree(prototype[1], tmp_path / "bank")
 
 
 @torch.no_grad()

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import peft_svf
-from peft_svf import ExpertBank, Transformer2Config
+from peft_svf import ExpertBank, Transformer2Config, Transformer2ForCausalLM
 from peft_svf.experts import ExpertBankError, ExpertEntry
 from peft_svf.playground import BANK_FOLDER
 
@@ -85,6 +85,20 @@ def test_the_config_tells_the_task_without_asking_for_trust(folder):
     assert type(config) is Transformer2Config
     assert list(config.custom_pipelines) == ["transformer2-generation"]
     assert "transformer2-generation" not in config.custom_pipelines
+
+
+def test_what_is_said_about_the_bank_is_not_said_about_its_base(folder, monkeypatch):
+    seen = {}
+
+    def watch(*args, **kwargs):
+        seen.update(kwargs)
+        return load_base(*args, **kwargs)
+
+    load_base = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr("peft_svf.experts.bank_loading.AutoModelForCausalLM.from_pretrained", watch)
+    about = {"trust_remote_code": True, "code_revision": "1", "_commit_hash": "2", "_from_auto": True, "revision": "3"}
+    Transformer2ForCausalLM.from_pretrained(folder, dtype="float64", adapter_kwargs={}, _from_pipeline="x", **about)
+    assert seen == {"dtype": "float64"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,17 @@ def folder(tiny_llama, character_tokenizer, add_experts, tmp_path_factory) -> Pa
     return SAVED[0]
 
 
+PROTOTYPE: list[ExpertBank] = []  # the tests get copies of it
+
+
 @pytest.fixture
 def bank(tiny_llama, character_tokenizer, folder) -> ExpertBank:
     """The same base with only math."""
-    base = tiny_llama(vocab_size=100, max_position_embeddings=512)
-    model = PeftModel.from_pretrained(base, folder / "math", adapter_name="math")
-    return ExpertBank(model, character_tokenizer)
+    if not PROTOTYPE:
+        base = tiny_llama(vocab_size=100, max_position_embeddings=512)
+        model = PeftModel.from_pretrained(base, folder / "math", adapter_name="math")
+        PROTOTYPE.append(ExpertBank(model, character_tokenizer))
+    return copy.deepcopy(PROTOTYPE[0])
 
 
 @torch.no_grad()

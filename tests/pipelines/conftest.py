@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -24,10 +25,18 @@ class FirstWordDispatcher:
         return Route.one_hot(chosen, self.experts, [{name: 1.0} for name in chosen])
 
 
+@pytest.fixture(scope="session")
+def prototypes() -> list[ExpertBank]:
+    return []
+
+
 @pytest.fixture
-def bank(tiny_llama, character_tokenizer, add_experts) -> ExpertBank:
-    model = add_experts(tiny_llama(vocab_size=100, max_position_embeddings=512), names=("math", "code", "reasoning"))
-    return ExpertBank(model, character_tokenizer)
+def bank(prototypes, tiny_llama, character_tokenizer, add_experts) -> ExpertBank:
+    if not prototypes:  # a copy costs a quarter of a new one
+        base = tiny_llama(vocab_size=100, max_position_embeddings=512)
+        model = add_experts(base, names=("math", "code", "reasoning"))
+        prototypes.append(ExpertBank(model, character_tokenizer))
+    return copy.deepcopy(prototypes[0])
 
 
 @pytest.fixture

@@ -303,6 +303,14 @@ def test_what_cannot_be_answered_gets_a_clear_error(pipe, call, message):
         call(pipe)
 
 
+def test_the_default_number_of_new_tokens_yields_to_the_context(pipe):
+    prompt = {"text": "a" * 990, "images": picture(0), "expert": "math"}
+    (record,) = Transformer2ImageTextToTextPipeline(pipe.bank)(prompt, return_tensors=True)
+    assert len(record["generated_token_ids"]) == 1024
+    with pytest.raises(ValueError, match=r"tokens with its images and max_new_tokens is 40.*; pass max_new_tokens="):
+        pipe(prompt, max_new_tokens=40)
+
+
 def test_a_model_without_a_processor_is_refused(vision):
     model, processor = vision("LLaVA")
     with pytest.raises(ValueError, match="no processor for images"):

@@ -27,7 +27,9 @@ def model() -> Any:
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
     torch.manual_seed(0)
-    base = MixtralForCausalLM(MixtralConfig(vocab_size=100, initializer_range=0.3, eos_token_id=None, **sizes, **heads))
+    base = MixtralForCausalLM(
+        MixtralConfig(vocab_size=100, initializer_range=0.3, eos_token_id=None, **sizes, **heads)
+    )
     model = get_peft_model(base, SVFConfig(init_weights=False, **FUSED), "math")
     model.add_adapter("code", SVFConfig(init_weights=False, **FUSED))
     for name in ("attention", "more"):
@@ -108,7 +110,7 @@ def test_weights_of_each_layer_and_a_dispatcher_too(bank, write):
 
 def test_a_streamer_takes_one_prompt_at_a_time(pipe, batches, bank, capsys):
     streamer = TextStreamer(bank.tokenizer, skip_prompt=True)
-    with pytest.raises(ValueError, match="cannot tell rows apart.*batch_size=1"):
+    with pytest.raises(ValueError, match=r"cannot tell rows apart.*batch_size=1"):
         pipe(ROWS[:2], batch_size=2, streamer=streamer)
     assert batches == []
     records = pipe(ROWS[:2], streamer=streamer)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from peft_svf import Transformer2Pipeline
+from peft_svf.pipelines.routing import TOKENIZING
 
 
 @pytest.fixture
@@ -90,3 +94,42 @@ def test_a_failure_in_one_thread_leaves_the_other_alone(pipe, bank):
             failure.result()
     handle.remove()
     assert pipe("math: 2+2?") == expected
+
+
+def test_a_thread_that_truncates_does_not_cut_the_prompts_of_another(pipe, bank, monkeypatch):
+    """Both would set the tokenizer before either uses it, if they could."""
+    both = threading.Barrier(2)
+    settle = bank.tokenizer.set_truncation_and_padding
+
+    def settle_together(**settings):
+        settle(**settings)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+
+    monkeypatch.setattr(bank.tokenizer, "set_truncation_and_padding", settle_together)
+
+    def length(**options):
+        return pipe.preprocess("math: 2+2?", **options)["input_ids"].shape[-1]
+
+    with ThreadPoolExecutor(2) as pool:
+        cut, whole = pool.submit(length, truncation=True, max_length=5), pool.submit(length)
+        assert (cut.result(), whole.result()) == (5, len("[user]math: 2+2?\n[assistant]"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_process_that_is_forked_meanwhile_can_tokenize():
+    """Workers of a data loader: the thread that would let go of the tokenizer is not in them."""
+    inside = threading.Event()
+
+    def hold():
+        with TOKENIZING:
+            inside.set()
+            time.sleep(0.1)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(hold)
+        inside.wait(20)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if TOKENIZING.acquire(timeout=5) else 1)
+        assert os.waitpid(child, 0)[1] == 0

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 from safetensors.torch import load_file
+from transformers import pipeline
 
 from peft_svf import ExpertBank, PromptDispatcher
 from peft_svf.playground import BANK_FOLDER, generate_problems
@@ -52,15 +50,9 @@ def test_weights_are_safetensors_and_small() -> None:
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja", ".md"}
 
 
-def test_default_pipeline_answers_offline_in_a_fresh_process() -> None:
-    program = """
-import peft_svf
-from transformers import pipeline
-pipe = pipeline("transformer2-generation")
-[record] = pipe("Tom has 23 apples and buys 18 more. How many apples does Tom have?")
-assert record["expert"] == "math", record
-assert record["generated_text"].endswith("so 41"), record
-"""
-    environment = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
+def test_default_pipeline_answers_from_the_embedded_bank() -> None:
+    """In a fresh process without a network: tests/pipelines/test_fresh_process.py."""
+    pipe = pipeline("transformer2-generation")
+    [record] = pipe("Tom has 23 apples and buys 18 more. How many apples does Tom have?")
+    assert record["expert"] == "math"
+    assert record["generated_text"].endswith("so 41")

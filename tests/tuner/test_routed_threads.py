@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,6 +267,9 @@ def test_a_copy_has_no_route_and_is_a_model_of_its_own(
             parameter.zero_()  # of the copy alone
         assert torch.equal(model.generate(IDS, **GREEDY), routed)
         assert (twin.generate(IDS, **GREEDY)[:, 6:] != routed[:, 6:]).any()
+    with twin.base_model.routed(mixed([0.0, 1.0], every_row=True)):
+        pass
+    assert is_clean(twin)  # nor anything else of the routed model
     again = how(model)
     with again.base_model.routed(mixed([0.0, 1.0], every_row=True)):
         assert torch.equal(again.generate(IDS, **GREEDY), routed)
@@ -280,3 +284,17 @@ def test_a_generate_of_the_models_own_comes_back(model: PeftModel) -> None:
     with model.base_model.routed(mixed([0.0, 1.0], every_row=True)):
         model.generate(IDS, **GREEDY)
     assert base.generate is own and calls == [1]
+
+
+def test_a_model_is_saved_under_a_route_as_without(model: PeftModel, tmp_path: Path) -> None:
+    with model.base_model.routed(mixed([0.0, 1.0], every_row=True)):
+        model.save_pretrained(tmp_path / "adapters")
+        model.get_base_model().save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "adapters again")
+    model.get_base_model().save_pretrained(tmp_path / "model again")
+    for saved in ("adapters", "model"):
+        files = [path for path in (tmp_path / saved).rglob("*") if path.is_file()]
+        assert len(files) >= 2
+        for path in files:
+            again = tmp_path / f"{saved} again" / path.relative_to(tmp_path / saved)
+            assert path.read_bytes() == again.read_bytes()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pyarrow
 from datasets import Dataset
 
 from peft_svf.answering import Prompt, answer_text
@@ -49,6 +50,9 @@ def as_examples(examples: Examples, reward: Callable[..., Any]) -> Dataset:
         if column not in examples.column_names:
             raise ValueError(f"The examples lack the column '{column}' that {reader} needs; they have "
                              f"{examples.column_names}.")  # fmt: skip
+    for row, prompt in enumerate(examples["prompt"]):
+        if not isinstance(prompt, str | list):
+            raise TypeError(f"The prompt of example {row} is a text or a chat, not {type(prompt).__name__}.")
     if empty := [row for row, text in enumerate(map(_text, examples["prompt"])) if not text]:
         raise ValueError(f"The prompt of example {empty[0]} is empty: leave the row out, or write its prompt.")
     hashes = row_hashes(examples)
@@ -67,7 +71,12 @@ def _from_rows(rows: Any) -> Dataset:
             raise TypeError(f"Example {i} is a dict with `prompt` and the reward's columns, not {type(row).__name__}.")
         if lacking := sorted(rows[0].keys() - row.keys()):
             raise ValueError(f"Example {i} lacks '{lacking[0]}', which example 0 has.")
-    return Dataset.from_list([dict(row) for row in rows])
+    try:
+        return Dataset.from_list([dict(row) for row in rows])
+    except pyarrow.ArrowException as error:
+        raise TypeError(
+            f"A column of the examples holds values of different types ({error}); prompts are all texts, or all chats."
+        ) from error
 
 
 def reward_columns(reward: Callable[..., Any]) -> list[str]:

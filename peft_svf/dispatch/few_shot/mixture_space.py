@@ -113,6 +113,23 @@ class MixtureSpace:
         mean = torch.full((self.dimension,), 1 / len(self.experts), dtype=torch.float64).clamp(lower, upper)
         return StartDistribution(mean, torch.full_like(mean, (upper - lower) / 2), lower, upper)
 
+    @property
+    def single_experts(self) -> Tensor:
+        """
+        The candidates that are one expert alone, and the base model where weights are free with `residual`: elsewhere
+        no candidate is the base model. Shape `(K, D)` or `(K + 1, D)`, float64.
+
+        Raises:
+            ValueError: `limits` exclude them.
+        """
+        lower, upper = self.limits
+        if lower > 0 or (upper < 1 and not self.normalized):
+            raise ValueError(f"MixtureSpace: no candidate in the limits {self.limits} is one expert alone.")
+        alone = torch.eye(len(self.experts), dtype=torch.float64) * min(upper, 1.0)
+        if self.residual and not self.normalized:
+            alone = torch.cat([alone, torch.zeros_like(alone[:1])])
+        return alone.repeat(1, max(1, len(self.groups)))
+
     def weights(self, candidates: Tensor) -> Tensor:
         """
         The mixture weights α of candidates.

@@ -93,7 +93,7 @@ class Optimizer(Protocol):
         ...
 
     def tell(self, candidates: Tensor, fitness: Sequence[Fitness]) -> None:
-        """Learn the fitness of the N candidates that `ask` has returned."""
+        """Learn the fitness of the N candidates that `ask` has returned; all but the first may be replaced."""
         ...
 
     def state(self) -> OptimizerState:

@@ -78,7 +78,7 @@ class MixtureSearch:
         processes ([`Processes`], *optional*): Those that search together; by default those launched together.
 
     Raises:
-        ValueError: Settings that the optimizer cannot work with.
+        ValueError: Settings that the optimizer cannot work with, or single experts that do not fit into a generation.
         ImportError: The optimizer needs a library that is not installed.
     """
 
@@ -93,6 +93,12 @@ class MixtureSearch:
         self.settings = settings or SearchSettings()
         self.make_optimizer = make_optimizer or self.settings.make_optimizer
         self.make_optimizer(space.start)  # refuses what it cannot work with before any example is answered
+        self._given = space.single_experts if self.settings.include_experts else None
+        if self._given is not None and len(self._given) >= self.settings.population:
+            raise ValueError(
+                f"SearchSettings: a population of {self.settings.population} has no room for {len(self._given)} "
+                "single experts besides the start: take a larger one, or include_experts=False."
+            )
         self.processes = processes or Processes.launched()
 
     def run(
@@ -134,7 +140,10 @@ class MixtureSearch:
             leave=False,
         ) as bar:
             while (stopped := self._stop_reason(history, optimizer)) is None:
-                candidates = self._agreed(optimizer.ask())
+                candidates = optimizer.ask()
+                if self._given is not None and not history:
+                    candidates[1 : len(self._given) + 1] = self._given
+                candidates = self._agreed(candidates)
                 fitness = self._agreed(_checked(evaluate(candidates), len(candidates)))
                 optimizer.tell(candidates, fitness)
                 history.append(Generation.of(candidates, fitness))

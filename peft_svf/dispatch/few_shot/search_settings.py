@@ -33,6 +33,10 @@ class SearchSettings:
             everything for so many and no surer; 0 for never.
         likelihood_tolerance (`float`, *optional*, defaults to 1e-3):
             The least gain of the log-likelihood, in nats, that counts as surer.
+        include_experts (`bool`, *optional*, defaults to `False`):
+            Let every expert alone, and the base model where the weights can be it, be candidates of the first
+            generation, in place of drawn ones. As the best is kept, what is found is then at least as good on the
+            examples as the best expert. Not in the paper.
 
     Raises:
         ValueError: A number out of range, or an unknown optimizer.
@@ -49,6 +53,7 @@ class SearchSettings:
     collapse_tolerance: float = 0.01
     patience: int = 5
     likelihood_tolerance: float = 1e-3
+    include_experts: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("examples", 1), ("iterations", 1), ("population", 2), ("seed", 0), ("patience", 0)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from peft_svf.trainers.tasks import Task, get_task
 
 EXPERTS = ("math", "code", "reasoning")
 BASE = BANK_FOLDER / "base"
-QUICK = SearchSettings(iterations=2, population=10)
+QUICK = SearchSettings(iterations=2, population=6, elite_ratio=0.4)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_cross_validation_chooses_and_searches_are_seeded_and_resumed(
 
     def adapt(folder: Path | None, seed: int = 3, max_new_tokens: int = 2) -> Adaptation:
         calls.clear()
-        settings = SearchSettings(iterations=2, population=10, seed=seed, patience=0, collapse_tolerance=0.0)
+        settings = dataclasses.replace(QUICK, seed=seed, patience=0, collapse_tolerance=0.0)
         options: Any = {"settings": settings, "configurations": spaces, "folds": 2, "validation_iterations": 1}
         return FewShotDispatcher(bank, examples, odd, max_new_tokens, **options).adapt(folder, progress=False)
 
@@ -168,7 +169,7 @@ def test_the_saved_expert_computes_what_the_route_does(
 def test_normalized_and_residual_mixtures_are_saved_as_they_are(
     bank: ExpertBank, examples: Dataset, task: Task, tmp_path: Path, space: dict[str, bool]
 ) -> None:
-    settings = SearchSettings(iterations=1, population=10)
+    settings = dataclasses.replace(QUICK, iterations=1)
     found = FewShotDispatcher(bank, examples, task.reward, 1, settings=settings, configurations=one(**space))
     with pytest.warns(UserWarning, match="No candidate"):
         found.adapt(progress=False)
@@ -185,7 +186,7 @@ def test_what_was_found_is_written_down(adapted: FewShotDispatcher, saved: Path,
     assert record["cross_validation"] is None and len(record["generations"]) == 2
     assert record["fitness"]["success"] == adapted.result.fitness.success
     assert set(record["references"]) == {"others", *EXPERTS}
-    assert record["settings"]["seed"] == 0 and record["settings"]["population"] == 10
+    assert record["settings"]["seed"] == 0 and record["settings"]["population"] == 6
     assert record["example_hashes"] == sorted(row_hashes(examples)) and record["examples"] == 4
 
 

@@ -46,8 +46,16 @@ def examples(task: Task) -> Dataset:
     return task.load("train", 4)
 
 
-def population_of(bank: ExpertBank, task: Task, examples: Dataset, batch_size: int = 128, reward: Any = None) -> Any:
-    generator = AnswerGenerator(bank.model, bank.tokenizer, task.max_new_tokens, 0.0, {}, bank.routed)
+def population_of(
+    bank: ExpertBank,
+    task: Task,
+    examples: Dataset,
+    batch_size: int = 256,
+    reward: Any = None,
+    max_new_tokens: int | None = None,
+) -> Any:
+    length = max_new_tokens or task.max_new_tokens
+    generator = AnswerGenerator(bank.model, bank.tokenizer, length, 0.0, {}, bank.routed)
     return Population(generator, examples, reward or task.reward, batch_size)
 
 
@@ -79,13 +87,35 @@ def test_scores_are_those_of_one_candidate_after_another(
     draws = torch.Generator().manual_seed(1)
     candidates = torch.rand(3, space.dimension, generator=draws, dtype=torch.float64)
     route = space.to_route(candidates)
-    found = population_of(bank, task, examples, batch_size=7).outcomes(route)  # 12 rows: 7, 5
+    found = population_of(bank, task, examples, batch_size=7).outcomes(route)  # 12 rows: 6, 6
     for row, fitness in enumerate(found.fitness()):
         expected = evaluate(recomposed(route, row), bank.tokenizer, task, examples)
         assert found.answers[row] == expected.answers
         assert found.right[row].tolist() == expected.successes
         assert fitness.success == expected.success
     assert len({tuple(answers) for answers in found.answers}) > 1  # the candidates differ
+
+
+def test_equal_candidates_answer_once_in_even_batches(bank: ExpertBank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three distinct candidates and four examples are twelve rows: three batches of four, not five, five and two."""
+    math_task = get_task("playground-math")
+    names = ["math", "reasoning", "math", "code", "reasoning", "math"]
+    generate, sizes = bank.model.generate, []
+
+    def counted(input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        sizes.append(len(input_ids))
+        return generate(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(bank.model, "generate", counted)
+    population = population_of(bank, math_task, math_task.load("train", 4), batch_size=5, max_new_tokens=10)
+    found = population.outcomes(Route.one_hot(names, EXPERTS))
+    assert sizes == [4, 4, 4]
+    expected = population.outcomes(Route.one_hot(EXPERTS, EXPERTS))
+    assert len({tuple(answers) for answers in expected.answers}) == 3
+    of = [EXPERTS.index(name) for name in names]
+    assert found.answers == [expected.answers[i] for i in of]
+    assert torch.equal(found.right, expected.right[of])
+    torch.testing.assert_close(found.log_likelihoods, expected.log_likelihoods[of], rtol=0, atol=1e-4)
 
 
 def test_fitness_is_the_share_and_then_the_mean_over_own_right_answers() -> None:
@@ -124,7 +154,8 @@ def test_batches_that_do_not_fit_are_halved_for_good(
     bank: ExpertBank, task: Task, examples: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     route = Route.one_hot(["math", "reasoning"], EXPERTS)
-    expected = population_of(bank, task, examples).outcomes(route)
+    expected = population_of(bank, task, examples, max_new_tokens=4).outcomes(route)
+    assert len({answer for own in expected.answers for answer in own}) > 3
     generate, sizes = bank.model.generate, []
 
     def small_memory(input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -134,7 +165,7 @@ def test_batches_that_do_not_fit_are_halved_for_good(
         return generate(input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(bank.model, "generate", small_memory)
-    population = population_of(bank, task, examples, batch_size=8)
+    population = population_of(bank, task, examples, batch_size=8, max_new_tokens=4)
     assert population.outcomes(route).answers == expected.answers
     assert sizes == [8, 4, 4]
     sizes.clear()

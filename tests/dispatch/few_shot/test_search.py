@@ -23,6 +23,7 @@ from peft_svf.dispatch.few_shot.optimizer import Fitness
 from peft_svf.dispatch.few_shot.search import MixtureSearch, SearchResult, StopReason
 from peft_svf.dispatch.few_shot.search_settings import SearchSettings
 from peft_svf.dispatch.few_shot.search_state import SearchStateError
+from peft_svf.dispatch.route import Route
 
 
 SPACE = MixtureSpace(("math", "code", "reasoning"), ("model.layers.0", "model.layers.1"), normalized=False)
@@ -243,6 +244,47 @@ def test_one_progress_bar_shows_the_best_score(monkeypatch: pytest.MonkeyPatch):
     result = run(Evaluation(), progress=True)
     assert [(bar.n, bar.total) for bar in bars] == [(7, 7)]
     assert f"right={result.fitness.success:.0%}" in str(bars[0].postfix)
+
+
+@pytest.mark.parametrize("optimizer", ["cross_entropy", "covariance_adaptation"])
+@pytest.mark.parametrize("options", [{}, {"normalized": False}, {"normalized": False, "residual": True}])
+def test_included_experts_are_candidates_and_the_best_of_them_is_not_lost(
+    tmp_path: Path, optimizer: Any, options: dict[str, bool]
+):
+    """Only one expert alone is right, which no draw hits."""
+    space = MixtureSpace(SPACE.experts, SPACE.groups, **options)
+    alone = Route.one_hot(["math", "code", "reasoning", *(["others"] if "residual" in options else [])], space.experts)
+    asked: list[Tensor] = []
+
+    def evaluate(candidates: Tensor) -> list[Fitness]:
+        weights = space.to_route(candidates).weights  # (N, 2, 3)
+        asked.append(weights)
+        return [Fitness(float(torch.equal(own, alone.weights[[1, 1]])), -1.0) for own in weights]
+
+    def search(folder: Path | None, iterations: int, include: bool) -> SearchResult:
+        settings = SearchSettings(
+            iterations=iterations, population=12, optimizer=optimizer, patience=0, include_experts=include
+        )
+        return MixtureSearch(space, settings).run(evaluate, folder, progress=False)
+
+    assert search(None, 3, include=False).fitness.success == 0
+    asked.clear()
+    search(tmp_path, 1, include=True)
+    found = search(tmp_path, 3, include=True)
+    assert torch.equal(found.route().weights[0], alone.weights[[1, 1]]) and found.fitness.success == 1
+    assert torch.equal(asked[0][1 : len(alone) + 1], alone.weights[:, None].expand(-1, 2, -1))
+    again = [own for own in asked[1][1:] if any(torch.equal(own, one.expand(2, -1)) for one in alone.weights)]
+    assert not again  # the others of the second generation are drawn
+    assert torch.equal(found.best, search(None, 3, include=True).best)
+
+
+def test_experts_that_cannot_be_included_are_refused():
+    settings = SearchSettings(population=6, elite_ratio=0.4, include_experts=True)
+    with pytest.raises(ValueError, match="population of 6 has no room for 6 single experts"):
+        MixtureSearch(MixtureSpace(tuple("abcdef")), settings)
+    with pytest.raises(ValueError, match="no candidate in the limits"):
+        MixtureSearch(MixtureSpace(("a", "b"), normalized=False, limits=(0.0, 0.9)), settings)
+    MixtureSearch(MixtureSpace(tuple("abcde"), limits=(0.0, 0.5)), settings)
 
 
 def test_presets_are_those_of_the_paper():

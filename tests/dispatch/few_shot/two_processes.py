@@ -33,6 +33,11 @@ PROCESSES = 2
 TIMEOUT = 120  # seconds
 
 
+def odd(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Right or wrong like tossing a coin, but always the same of the same answer, also of one that is cut short."""
+    return [1.0 if sum(map(ord, completion[0]["content"])) % 2 else -1.0 for completion in completions]
+
+
 def results(folder: Path) -> dict[str, Any]:
     """The same calls in one process and in several; everything that must not depend on their number."""
     bank, task = ExpertBank.from_pretrained(BANK_FOLDER), get_task("playground-reasoning")
@@ -40,7 +45,8 @@ def results(folder: Path) -> dict[str, Any]:
     dispatcher = FewShotDispatcher(
         bank,
         task.load("train", 3),
-        task=task,
+        odd,
+        max_new_tokens=6,
         settings=SearchSettings(iterations=2, population=6, elite_ratio=0.4),
         configurations=[MixtureSpace(experts, normalized=False)],
         batch_size=5,  # 18 rows make 4 batches

@@ -96,6 +96,31 @@ def make_sweep(make_trainer: MakeTrainer) -> MakeTrainer:
     return make
 
 
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """What a sweep over 0 and 0.3 that nothing interrupts comes to."""
+
+    result: KLSweepResult
+    offsets: torch.Tensor
+    logs: dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture
+def whole(make_sweep: MakeTrainer, tmp_path: Path, whole_sweeps: list[Whole]) -> Whole:
+    """The same for all tests, so it runs once."""
+    if not whole_sweeps:
+        trainer = make_sweep(output_dir=str(tmp_path / "whole"))
+        result = trainer.sweep_kl([0.0, 0.3])
+        whole_sweeps.append(Whole(result, offsets(trainer).clone(), logs_of_runs(tmp_path / "whole")))
+    return whole_sweeps[0]
+
+
+@pytest.fixture(scope="module")
+def whole_sweeps() -> list[Whole]:
+    """Keeps the one; the trainers' own fixtures are of a single test."""
+    return []
+
+
 def scripted(make_sweep: MakeTrainer, scores: dict[float, list[float]], **options: Any) -> SVFPolicyGradientTrainer:
     reward = Flaky(scores)
     trainer = make_sweep({"reward_funcs": reward}, **options)
@@ -155,10 +180,8 @@ def test_every_run_is_that_of_a_fresh_trainer_bit_for_bit(make_sweep: MakeTraine
 
 @pytest.mark.parametrize("step", [1, 3])
 def test_an_interrupted_sweep_continues_to_the_same_numbers(
-    make_sweep: MakeTrainer, tmp_path: Path, step: int
+    make_sweep: MakeTrainer, tmp_path: Path, whole: Whole, step: int
 ) -> None:
-    whole = make_sweep(output_dir=str(tmp_path / "whole"))
-    expected = whole.sweep_kl([0.0, 0.3])
     first = make_sweep({"callbacks": [Interrupt(0.3, step)]}, output_dir=str(tmp_path / "run"))
     with pytest.raises(KeyboardInterrupt):
         first.sweep_kl([0.0, 0.3])
@@ -170,23 +193,24 @@ def test_an_interrupted_sweep_continues_to_the_same_numbers(
     second = make_sweep(output_dir=str(tmp_path / "run"))
     result = second.sweep_kl([0.0, 0.3])
     assert [dataclasses.replace(run, seconds=0.0) for run in result.runs] == [
-        dataclasses.replace(run, seconds=0.0) for run in expected.runs
+        dataclasses.replace(run, seconds=0.0) for run in whole.result.runs
     ]
-    assert result.winner == expected.winner and torch.equal(offsets(second), offsets(whole))
+    assert result.winner == whole.result.winner and torch.equal(offsets(second), whole.offsets)
     assert (tmp_path / "run" / "kl-0" / "trainer_state.json").stat().st_mtime_ns == finished, "was not run again"
-    assert logs_of_runs(tmp_path / "run") == logs_of_runs(tmp_path / "whole")
+    assert logs_of_runs(tmp_path / "run") == whole.logs
 
 
-def test_an_interrupted_sweep_continues_on_the_same_trainer(make_sweep: MakeTrainer, tmp_path: Path) -> None:
-    expected = make_sweep(output_dir=str(tmp_path / "whole")).sweep_kl([0.0, 0.3])
+def test_an_interrupted_sweep_continues_on_the_same_trainer(
+    make_sweep: MakeTrainer, tmp_path: Path, whole: Whole
+) -> None:
     interrupt = Interrupt(0.3, 3)
     trainer = make_sweep({"callbacks": [interrupt]})
     with pytest.raises(KeyboardInterrupt):
         trainer.sweep_kl([0.0, 0.3])
     interrupt.when.step = 100
     result = trainer.sweep_kl([0.0, 0.3])
-    assert [run.score for run in result.runs] == [run.score for run in expected.runs]
-    assert logs_of_runs(tmp_path / "run") == logs_of_runs(tmp_path / "whole")
+    assert [run.score for run in result.runs] == [run.score for run in whole.result.runs]
+    assert logs_of_runs(tmp_path / "run") == whole.logs
 
 
 def test_a_sweep_after_trainings_starts_where_the_trainer_did(make_sweep: MakeTrainer, tmp_path: Path) -> None:

@@ -74,6 +74,15 @@ def programs_for(style: str) -> list[str]:
     return [name for name, text in CORPUS.items() if style == "check" or "reward" in wants(text)]
 
 
+def quick_programs_for(style: str) -> list[str]:
+    """All in the style that has all; of the others, each program in two, which change from program to program."""
+    if style == "check":
+        return programs_for(style)
+    others = [name for name in STYLES if name != "check"]
+    turn = others.index(style)
+    return [name for i, name in enumerate(programs_for(style)) if turn in (i % len(others), (i + 3) % len(others))]
+
+
 def wants(text: str) -> str:
     return text.split("\n")[1].partition(": ")[2]
 
@@ -117,9 +126,9 @@ class Attack:
     seconds: float
 
 
-def attack(outside: Outside, name: str, names: list[str] | None = None) -> Attack:
-    """Try the programs of a style, or only `names`, with a right and a wrong one after every eighth."""
-    style, names = STYLES[name], programs_for(name) if names is None else names
+def attack(outside: Outside, name: str, names: list[str]) -> Attack:
+    """Try these programs in a style, with a right and a wrong one after every eighth."""
+    style = STYLES[name]
     programs: list[str] = []
     for position, program in enumerate(names):
         programs.append(outside.aim(program))
@@ -165,12 +174,13 @@ def solution(n):
 
 
 @pytest.fixture(scope="module")
-def attacks(outside: Outside) -> dict[str, Attack]:
+def attacks(outside: Outside, request: pytest.FixtureRequest) -> dict[str, Attack]:
     """Not made where a harmless program gets out already: the machine may be somebody's."""
     probe = PROBE.format(pid=outside.victims[0].pid, file=outside.folder / "kept")
     (result,) = run_tests([probe], [["assert solution(0) == []"]], timeout=10.0)
     assert result.passed, f"no hostile program is run, because a harmless one gets out: {result.reason}"
-    return {style: attack(outside, style) for style in STYLES}
+    names = quick_programs_for if request.config.option.markexpr == "not slow" else programs_for
+    return {style: attack(outside, style, names(style)) for style in STYLES}
 
 
 def test_corpus_is_large_and_says_what_it_tries() -> None:
@@ -182,7 +192,14 @@ def test_corpus_is_large_and_says_what_it_tries() -> None:
     assert len({text.split("\n")[0] for text in CORPUS.values()}) == len(CORPUS)
 
 
-@pytest.mark.parametrize(("style", "name"), [(style, name) for style in STYLES for name in programs_for(style)])
+CASES = [  # those that `quick_programs_for` leaves out are slow, because they are many
+    pytest.param(style, name, marks=() if name in quick else pytest.mark.slow)
+    for style, quick in {style: set(quick_programs_for(style)) for style in STYLES}.items()
+    for name in programs_for(style)
+]
+
+
+@pytest.mark.parametrize(("style", "name"), CASES)
 def test_hostile_program_is_not_rewarded_and_does_not_escape(
     style: str, name: str, outside: Outside, attacks: dict[str, Attack]
 ) -> None:
@@ -205,7 +222,7 @@ def test_honest_programs_among_hostile_ones_score_as_alone(style: str, attacks: 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_hostile_programs_end_in_time(style: str, attacks: dict[str, Attack]) -> None:
-    assert attacks[style].seconds < (TIMEOUT + 1) * len(programs_for(style)) + 30
+    assert attacks[style].seconds < (TIMEOUT + 1) * len(attacks[style].hostile) + 30
 
 
 PRELOADED = (
