@@ -189,9 +189,10 @@ def user_text(prompt: Prompt) -> str:
     """
     if isinstance(prompt, str):
         return prompt
+    messages: Sequence[Mapping[str, Any]] = prompt
     if not isinstance(prompt, Sequence) or not all(isinstance(message, Mapping) for message in prompt):
         raise TypeError(f"A prompt is a text or a chat (a list of messages), not {_kind(prompt)}.")
-    for message in reversed(prompt):
+    for message in reversed(messages):
         if message["role"] == "user":
             content = message["content"]
             if not isinstance(content, str):  # a list of typed parts

@@ -73,6 +73,10 @@ class ExpertBank:
         classifier: str | None = None,
         dispatcher_options: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise ExpertBankError(
+                f"A bank is made of a model, not of {model!r}; ExpertBank.from_pretrained loads a folder or Hub id."
+            )
         adapters = svf_adapters(model)
         if experts is None:
             experts = {name: ExpertEntry(name) for name in adapters if name != classifier}
@@ -142,6 +146,8 @@ class ExpertBank:
         if isinstance(route, str):
             route = {route: 1.0}
         if not isinstance(route, Mapping):
+            if not hasattr(route, "weights"):
+                raise ValueError(f"A route is a Route, an expert's name or a mixture by expert, not {route!r}.")
             return route.experts, route.weights, route.groups, route.residual
         mixture = {name: float(weight) for name, weight in route.items() if name != BASE_LABEL}
         for name in mixture:

@@ -139,9 +139,15 @@ from peft_svf import {names}  # noqa: F401
 
 def check_entries(experts: Mapping[str, ExpertEntry], classifier: str | None = None) -> None:
     """Raise an `ExpertBankError` if experts cannot have these names and labels beside one another."""
+    for name, entry in experts.items():
+        texts = (entry.label, entry.description) if isinstance(entry, ExpertEntry) else (None,)
+        if not all(isinstance(text, str) for text in texts):
+            raise ExpertBankError(
+                f"Expert '{name}' needs ExpertEntry(label, description), both texts; it has {entry!r}."
+            )
     labels = [entry.label for entry in experts.values()]
     for name in [*experts, *([] if classifier is None else [classifier])]:
-        if not _NAME.fullmatch(name) or name in (BASE_LABEL, BASE_FOLDER):
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (BASE_LABEL, BASE_FOLDER):
             raise ExpertBankError(
                 f"'{name}' cannot name an expert: use letters, digits, _ and -, and neither '{BASE_LABEL}' nor "
                 f"'{BASE_FOLDER}', which mean the base model."

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -22,7 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from peft_svf.experts.bank_config import VISION_LANGUAGE, BankConfig, ExpertBankError
+from peft_svf.experts.bank_config import BASE_FOLDER, VISION_LANGUAGE, BankConfig, ExpertBankError
 from peft_svf.tuner.rollback import Rollback
 
 
@@ -110,12 +111,27 @@ def load_expert(model: PreTrainedModel | PeftModel, folder: Path, name: str, whe
         if kind != "SVF":
             raise ExpertBankError(f"Expert '{name}' of {where} is of type {kind}; a bank holds SVF adapters.")
         with _undone_on_failure(model):
-            if not isinstance(model, PeftModel):
-                return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
-            model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+            loaded = _put_into(model, folder, name)
+            _check_finite(loaded, name)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ExpertBankError(f"Expert '{name}' of {where} cannot be loaded: {error}") from error
+    if loaded.peft_config[name].base_model_name_or_path == BASE_FOLDER:
+        # within the bank's folder; that means nothing to whoever saves this adapter elsewhere
+        loaded.peft_config[name].base_model_name_or_path = loaded.get_base_model().config._name_or_path
+    return loaded
+
+
+def _put_into(model: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:
+    if not isinstance(model, PeftModel):
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+    model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
     return model
+
+
+def _check_finite(model: PeftModel, name: str) -> None:
+    for parameter_name, parameter in model.named_parameters():
+        if f".svf_offset.{name}." in parameter_name and not (parameter.is_meta or torch.isfinite(parameter).all()):
+            raise ValueError(f"{parameter_name} has values that are not finite; train or save the expert again")
 
 
 @contextmanager

@@ -191,8 +191,10 @@ class MixedBatch:
         def by_row(numbers: torch.Tensor) -> torch.Tensor:
             return numbers.to(mixture).reshape(-1, *(1,) * (mixture.dim() - 1))
 
-        for weight, offset in terms:
-            mixture[..., : offset.shape[-1]].addcmul_(by_row(weight), offset)  # no matmul, which autocast would round
+        for weight, offset in terms:  # no matmul, which autocast would round
+            rows = weight.nonzero()[:, 0]  # only these: 0 · NaN would carry a broken adapter into the rows of others
+            term = by_row(weight[rows]) * offset
+            mixture[..., : offset.shape[-1]].index_add_(0, rows.to(mixture.device), term.to(mixture))
         return mixture if surplus is None else mixture + by_row(surplus)
 
     def _check_full_rank(self, layer: SVFLayer) -> None:

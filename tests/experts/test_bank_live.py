@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from peft_svf import ExpertBank, SVFConfig, Transformer2Pipeline
 from peft_svf.experts import ExpertBankError, ExpertEntry
@@ -153,12 +155,16 @@ def damage(path: Path, how: str) -> None:
         (path / "adapter_model.safetensors").unlink()
     elif how == "broken":
         (path / "adapter_model.safetensors").write_bytes(b"x")
+    elif how == "not finite":
+        tensors = load_file(path / "adapter_model.safetensors")
+        next(iter(tensors.values()))[0] = torch.nan
+        save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
     else:
         (path / "adapter_config.json").write_text("{")
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["beside an expert", "as the first"])
-@pytest.mark.parametrize("how", ["missing", "broken", "config"])
+@pytest.mark.parametrize("how", ["missing", "broken", "config", "not finite"])
 def test_a_damaged_expert_is_refused_and_nothing_changes(
     bank, folder, tiny_llama, character_tokenizer, tmp_path, how, plain
 ):
@@ -200,6 +206,9 @@ def test_an_expert_of_another_base_or_kind_is_refused_and_nothing_changes(
         ("new", {"label": "math"}, "a label is unique"),
         ("new", {"label": " "}, "a label is unique"),
         ("lora", {}, "already: call add"),
+        (7, {"label": "seven"}, "'7' cannot name an expert"),
+        ("new", {"label": 7}, "both texts"),
+        ("new", {"description": None}, "both texts"),
     ],
 )
 def test_names_and_labels_that_are_taken_are_refused_and_nothing_changes(bank, folder, name, options, message):
@@ -208,6 +217,19 @@ def test_names_and_labels_that_are_taken_are_refused_and_nothing_changes(bank, f
     with pytest.raises(ExpertBankError, match=message):
         bank.add(name, folder / "code", **options)
     assert same(state(bank), before)
+
+
+def test_an_expert_in_a_bank_knows_where_its_base_is(folder, tmp_path):
+    """In the bank's folder the base is called "base"; for who saves the expert elsewhere that means nothing."""
+    ExpertBank.from_pretrained(folder).model.save_pretrained(tmp_path, selected_adapters=["math"])
+    config = json.loads((tmp_path / "math" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder / "base")
+
+
+@pytest.mark.parametrize("model", ["folder", None])
+def test_a_bank_of_no_model_is_refused(model):
+    with pytest.raises(ExpertBankError, match="from_pretrained loads a folder"):
+        ExpertBank(model)
 
 
 def test_what_is_not_there_cannot_be_named_or_removed(bank):

@@ -122,6 +122,7 @@ def test_an_expert_that_is_added_to_a_live_bank(bank: ExpertBank) -> None:
     [
         ("typo", "Unknown expert 'typo'; this bank knows 'math', 'code', 'others'"),
         ({"typo": 0.5}, "Unknown expert 'typo'"),
+        (None, "a Route, an expert's name or a mixture by expert, not None"),
         ({"math": math.nan}, "must be finite numbers"),
         (Route.one_hot(["typo"] * 4, ["typo"]), "typo; loaded are"),
         (Route.one_hot(["math"] * 3, ["math"]), "got 3 and 4 respectively.*rows of a route"),

@@ -227,6 +227,19 @@ def test_weights_are_numbers(value: float) -> None:
 
 
 @torch.no_grad()
+def test_a_broken_adapter_spoils_only_the_rows_that_use_it(model: PeftModel) -> None:
+    rows = MixedBatch(["full", "low"], torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.0, 0.0], [0.0, 1.0]]))
+    with model.base_model.routed(rows):
+        before = model(IDS).logits
+        model.get_parameter(next(n for n, _ in model.named_parameters() if ".svf_offset.full." in n)).data[0] = (
+            math.nan
+        )
+        after = model(IDS).logits
+    assert after[[0, 2]].isnan().all()
+    torch.testing.assert_close(after[[1, 3, 4]], before[[1, 3, 4]])
+
+
+@torch.no_grad()
 def test_adapters_that_change_within_a_route_are_seen(model: PeftModel) -> None:
     with model.base_model.routed(MixedBatch(["full"], torch.ones(1, 1), every_row=True)):
         before = model(IDS).logits

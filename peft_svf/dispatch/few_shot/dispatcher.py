@@ -78,6 +78,7 @@ class FewShotDispatcher:
         chat_template_kwargs (`Mapping`, *optional*): For the chat template, e.g. `{"enable_thinking": False}`.
 
     Raises:
+        TypeError: A bank, task or settings that is none.
         ValueError: No examples, a column that is missing, fewer than two experts, neither reward nor task, or numbers
             out of range.
 
@@ -108,6 +109,7 @@ class FewShotDispatcher:
         processing_class: Processor | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        _check_types(bank, task, settings)
         self.bank = bank
         self.reward, self.max_new_tokens = _reward_and_length(reward, max_new_tokens, task)
         self.settings = settings or SearchSettings.paper()
@@ -290,6 +292,15 @@ class FewShotDispatcher:
             "examples": len(self.examples),
             "example_hashes": sorted(self.example_hashes),
         }
+
+
+def _check_types(bank: Any, task: Any, settings: Any) -> None:
+    if not isinstance(bank, ExpertBank):
+        raise TypeError(f"`bank` is an ExpertBank, not {bank!r:.80}; ExpertBank.from_pretrained loads one.")
+    if task is not None and not hasattr(task, "reward"):
+        raise TypeError(f"`task` is a Task, not {task!r:.80}; peft_svf.trainers.tasks.get_task finds it by its name.")
+    if not isinstance(settings, SearchSettings | None):
+        raise TypeError(f"`settings` is a SearchSettings, not {settings!r:.80}; see its paper() and light().")
 
 
 def _reward_and_length(

@@ -254,6 +254,13 @@ def test_unusable_examples_are_named(rows: Any, message: str) -> None:
         as_examples(rows, needs_answer)
 
 
+@pytest.mark.parametrize("argument", ["bank", "task", "settings"])
+def test_names_in_place_of_objects_are_refused(bank: ExpertBank, task: Task, examples: Dataset, argument: str) -> None:
+    arguments: dict[str, Any] = {"bank": bank, "examples": examples, "task": task, argument: "a name"}
+    with pytest.raises(TypeError, match=f"`{argument}` is an? .*, not 'a name'; "):
+        FewShotDispatcher(**arguments)
+
+
 def test_unusable_arguments_are_named(bank: ExpertBank, task: Task, examples: Dataset) -> None:
     lonely = ExpertBank(bank.model, bank.tokenizer, {"math": bank.experts["math"]})
     empty = ExpertBank(bank.base_model, bank.tokenizer, {})
