@@ -88,21 +88,16 @@ def measure(model: Any, dispatcher: PromptDispatcher, task: Task, rows: Dataset)
     tokenizer = dispatcher.bank.tokenizer
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     scorer = LabelScorer(base_model, dispatcher.scorer.template, dispatcher.labels)
-    best = scorer([requests_of(prompt) for prompt in rows["prompt"]]).argmax(-1).tolist()
+    best = scorer([user_text(prompt) for prompt in rows["prompt"]]).argmax(-1).tolist()  # it instructs by itself
     scored = [dispatcher.labels[i] == answer for i, answer in zip(best, rows["answer"], strict=True)]
     return Routing(evaluate(model, tokenizer, task, rows).successes, scored)
 
 
 def rightly_routed(dispatcher: PromptDispatcher, rows: Dataset) -> list[bool]:
     """Whether each prompt got the expert of its label."""
-    chosen = dispatcher.route([requests_of(prompt) for prompt in rows["prompt"]]).chosen()
+    chosen = dispatcher.route(list(rows["prompt"])).chosen()
     expert_of = dispatcher.bank.labels
     return [expert_of.get(answer, answer) == name for answer, name in zip(rows["answer"], chosen, strict=True)]
-
-
-def requests_of(prompt: Any) -> str:
-    """The request inside a prompt of the routing task, which the scorer puts behind the instruction itself."""
-    return user_text(prompt)
 
 
 def main() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from peft_svf.experts.files import replace_file
 
 
 if TYPE_CHECKING:
@@ -35,8 +37,6 @@ def plot_confusion_matrix(
         ImportError: If matplotlib is not installed.
         ValueError: If the counts do not fit the labels, or the format is unknown.
     """
-    from peft_svf.trainers.files import replace_file
-
     figure = confusion_matrix_figure(counts, true_labels, chosen_labels, title)
     kind = Path(path).suffix.removeprefix(".") or "png"
     replace_file(Path(path), lambda partial: figure.savefig(partial, format=kind))
@@ -76,14 +76,18 @@ def confusion_matrix_figure(
     axes.set_xlabel("chosen")
     axes.set_ylabel("true")
     if max(len(true_labels), len(chosen_labels)) <= MOST_TEXTS:
-        for i, row in enumerate(counts):
-            for j, count in enumerate(row):
-                color = "white" if shares[i][j] >= DARK else "black"
-                text = f"{shares[i][j]:.2f}\n({count})" if any(row) else "–"
-                axes.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
+        _write_cells(axes, counts, shares)
     if title:
         axes.set_title(_plain(title), fontsize=10)
     return figure
+
+
+def _write_cells(axes: Any, counts: Sequence[Sequence[int]], shares: Sequence[Sequence[float]]) -> None:
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            color = "white" if shares[i][j] >= DARK else "black"
+            text = f"{shares[i][j]:.2f}\n({count})" if any(row) else "–"
+            axes.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
 
 
 def _row_shares(

@@ -11,15 +11,12 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from peft_svf.answering import AnswerGenerator, Processes, Processor, Prompt, judge_answers
+from peft_svf.answering import AnswerGenerator, Processes, Processor, Prompt, image_column, judge_answers
 from peft_svf.dispatch import Dispatcher, Route
 from peft_svf.dispatch.few_shot.examples import refuse_adaptation_examples
 from peft_svf.experts import ExpertBank
 from peft_svf.trainers.statistics import grouped_success_interval, paired_difference_interval
 from peft_svf.trainers.tasks.task import Task
-
-
-IMAGE_COLUMNS = ("image", "images")
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ def evaluate(
         task.max_new_tokens,
         temperature,
         dict(chat_template_kwargs or {}),
-        None if bank is None else bank.routed,
+        bank,
     )
     processes = Processes.launched() if split_over_processes else Processes()
     run = _Run(generator, dataset, dispatcher, samples, seed, processes)
@@ -189,7 +186,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.prompts: list[Prompt] = list(self.dataset["prompt"])
         self.texts = [self.generator.render(prompt) for prompt in self.prompts]
-        self.images = next((name for name in IMAGE_COLUMNS if name in self.dataset.column_names), None)
+        self.images = image_column(self.dataset.column_names)
 
     def answer(self, batch_size: int, description: str | None) -> tuple[list[list[str]], Route | None]:
         """The answers to each prompt, and the routes that the prompts took."""

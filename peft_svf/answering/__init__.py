@@ -2,11 +2,12 @@
 
 from peft_svf.answering.generator import AnswerGenerator, Processor, RowWeights, ScoredAnswer
 from peft_svf.answering.judging import REASON_COLUMN, judge_answers
-from peft_svf.answering.messages import Messages, Prompt, answer_text, plain_prompt
+from peft_svf.answering.messages import IMAGE_COLUMNS, Messages, Prompt, answer_text, image_column, plain_prompt
 from peft_svf.answering.processes import Processes
 
 
 __all__ = [
+    "IMAGE_COLUMNS",
     "REASON_COLUMN",
     "AnswerGenerator",
     "Messages",
@@ -16,6 +17,7 @@ __all__ = [
     "RowWeights",
     "ScoredAnswer",
     "answer_text",
+    "image_column",
     "judge_answers",
     "plain_prompt",
 ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -17,18 +17,44 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMix
 
 from peft_svf.answering.likelihood import AnswerLikelihoods
 from peft_svf.answering.messages import Prompt, plain_prompt
+from peft_svf.experts.bank import ExpertBank
+from peft_svf.experts.route_weights import RouteWeights
 
 
 Processor: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 Rendered: TypeAlias = tuple[str, bool]
 
+T = TypeVar("T")
 
-class RowWeights(Protocol):
+
+class RowWeights(RouteWeights, Protocol):
     """What is needed of a [`~peft_svf.dispatch.Route`], which lives above this package: its rows."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, rows: slice, /) -> Any: ...
+    def __getitem__(self, rows: Sequence[int], /) -> RowWeights: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B prompts, rendered and as they are, with their images and the route that they are answered under, if any."""
+
+    texts: Sequence[Rendered]
+    prompts: Sequence[Prompt]
+    images: Sequence[Any] | None
+    route: RowWeights | None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """Some of its rows."""
+
+        def of(values: Sequence[T]) -> list[T]:
+            return [values[row] for row in rows]
+
+        images = None if self.images is None else of(self.images)
+        return Batch(of(self.texts), of(self.prompts), images, None if self.route is None else self.route[rows])
 
 
 class ScoredAnswer(NamedTuple):
@@ -49,7 +75,7 @@ class AnswerGenerator:
         max_new_tokens (`int`): Tokens of an answer at most.
         temperature (`float`): 0 is greedy; above it, sampling from the whole vocabulary.
         chat_template_kwargs (`dict`): For the chat template.
-        routed (`Callable`, *optional*): `ExpertBank.routed` of the bank whose model this is, for answers with a route.
+        bank ([`ExpertBank`], *optional*): The bank whose model this is, for answers under a route.
 
     Attributes:
         too_large (`int` or `None`): The smallest batch that did not fit into memory so far.
@@ -60,7 +86,7 @@ class AnswerGenerator:
     max_new_tokens: int
     temperature: float
     chat_template_kwargs: dict[str, Any]
-    routed: Callable[[Any], AbstractContextManager[Any]] | None = None
+    bank: ExpertBank | None = None
 
     def __post_init__(self) -> None:
         self.too_large: int | None = None
@@ -83,9 +109,8 @@ class AnswerGenerator:
     def ready(self, seed: int) -> Iterator[None]:
         """Eval mode, a seed of its own, and nothing of the model's generation config but its end tokens."""
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        holders = [
-            holder for holder in (self.model, base) if "generation_config" in vars(holder)
-        ]  # PEFT keeps its own
+        # PEFT keeps its own
+        holders = [holder for holder in (self.model, base) if "generation_config" in vars(holder)]
         saved = [(holder, holder.generation_config) for holder in holders]
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         neutral, training = self._generation_config(base.generation_config), self.model.training
@@ -127,7 +152,8 @@ class AnswerGenerator:
         route: RowWeights | None = None,
     ) -> list[str]:
         """
-        Answers to one batch; halves of it if it does not fit into memory.
+        Answers to one batch; to halves of it if it does not fit into memory, and to one group of equal weights after
+        another if the route changes modules that cannot tell rows apart.
 
         Args:
             texts (`Sequence[tuple[str, bool]]`): B prompts as `render` gives them.
@@ -135,7 +161,7 @@ class AnswerGenerator:
             images (`Sequence`, *optional*): The image, or the list of images, of each prompt.
             route ([`~peft_svf.dispatch.Route`], *optional*): The weights that each of the B rows is answered under.
         """
-        return [answer.text for answer in self._answers(texts, prompts, images, route, scored=False)]
+        return [answer.text for answer in self._answers(Batch(texts, prompts, images, route), scored=False)]
 
     def scored_answers(
         self,
@@ -145,39 +171,37 @@ class AnswerGenerator:
         route: RowWeights | None = None,
     ) -> list[ScoredAnswer]:
         """The same answers with their log-likelihoods, which come from the forwards that generated them."""
-        return self._answers(texts, prompts, images, route, scored=True)
+        return self._answers(Batch(texts, prompts, images, route), scored=True)
 
-    def _answers(
-        self,
-        texts: Sequence[Rendered],
-        prompts: Sequence[Prompt],
-        images: Sequence[Any] | None,
-        route: RowWeights | None,
-        scored: bool,
-    ) -> list[ScoredAnswer]:
-        if route is not None and len(route) != len(texts):
-            raise ValueError(f"The route has {len(route)} rows, but there are {len(texts)} prompts.")
+    def _answers(self, batch: Batch, scored: bool) -> list[ScoredAnswer]:
+        found: dict[int, ScoredAnswer] = {}
+        for rows in self._groups(batch):
+            found.update(zip(rows, self._halving(batch.rows(rows), scored), strict=True))
+        return [found[row] for row in range(len(batch))]
+
+    def _groups(self, batch: Batch) -> list[list[int]]:
+        """The rows that can be generated at once: mostly all of them."""
+        if batch.route is None:
+            return [list(range(len(batch)))]
+        if self.bank is None:
+            raise ValueError("Answers under a route need the bank of the experts: pass `bank`.")
+        if len(batch.route) != len(batch):
+            raise ValueError(f"The route has {len(batch.route)} rows, but there are {len(batch)} prompts.")
+        return self.bank.row_groups(batch.route)
+
+    def _halving(self, batch: Batch, scored: bool) -> list[ScoredAnswer]:
         try:
-            return self._generate(self._inputs(texts, prompts, images), route, scored)
+            return self._generate(self._inputs(batch.texts, batch.prompts, batch.images), batch.route, scored)
         except RuntimeError as error:
-            if len(texts) == 1 or not should_reduce_batch_size(error):
+            if len(batch) == 1 or not should_reduce_batch_size(error):
                 raise
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.too_large = min(len(texts), self.too_large or len(texts))
-        half = len(texts) // 2
-        return [
-            answer
-            for part in (slice(0, half), slice(half, None))
-            for answer in self._answers(
-                texts[part],
-                prompts[part],
-                None if images is None else images[part],
-                None if route is None else route[part],
-                scored,
-            )
-        ]
+        self.too_large = min(len(batch), self.too_large or len(batch))
+        half = len(batch) // 2
+        halves = (range(half), range(half, len(batch)))
+        return [answer for rows in halves for answer in self._halving(batch.rows(rows), scored)]
 
     def _inputs(
         self, texts: Sequence[Rendered], prompts: Sequence[Prompt], images: Sequence[Any] | None
@@ -238,11 +262,7 @@ class AnswerGenerator:
         return [ScoredAnswer(text, total) for text, total in zip(answers, sums, strict=True)]
 
     def _under(self, route: RowWeights | None) -> AbstractContextManager[Any]:
-        if route is None:
-            return nullcontext()
-        if self.routed is None:
-            raise ValueError("Answers under a route need the bank of the experts: pass `routed=bank.routed`.")
-        return self.routed(route)
+        return nullcontext() if route is None or self.bank is None else self.bank.routed(route)
 
 
 def end_tokens(config: GenerationConfig) -> list[int]:

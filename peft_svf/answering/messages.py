@@ -1,13 +1,20 @@
-"""Prompts and completions as texts or as messages."""
+"""Prompts and completions as texts or as messages, and the column of images that prompts may be about."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 
 Messages: TypeAlias = list[dict[str, str]]
 Prompt: TypeAlias = str | Messages
+
+IMAGE_COLUMNS = ("image", "images")  # TRL's names
+
+
+def image_column(columns: Collection[str]) -> str | None:
+    """The column with the image, or the images, of each prompt; `None` if there is none."""
+    return next((name for name in IMAGE_COLUMNS if name in columns), None)
 
 
 def answer_text(completion: str | Messages | Any) -> str:

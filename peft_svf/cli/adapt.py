@@ -23,12 +23,8 @@ from peft_svf.cli.output_files import check_output_file
 from peft_svf.cli.run_folder import RESULTS_FILE, write_json
 from peft_svf.cli.terminal import table
 from peft_svf.dispatch import FixedDispatcher
-from peft_svf.dispatch.few_shot.adaptation import Adaptation
-from peft_svf.dispatch.few_shot.dispatcher import FewShotDispatcher
+from peft_svf.dispatch.few_shot import Adaptation, FewShotDispatcher, Fitness, MixtureSpace, SearchSettings
 from peft_svf.dispatch.few_shot.examples import ADAPTATION_FILE, row_hashes
-from peft_svf.dispatch.few_shot.mixture_space import MixtureSpace
-from peft_svf.dispatch.few_shot.optimizer import Fitness
-from peft_svf.dispatch.few_shot.search_settings import SearchSettings
 from peft_svf.experts import BASE_LABEL, ExpertBank
 from peft_svf.trainers.evaluation import Evaluation, evaluate
 from peft_svf.trainers.tasks import Task
@@ -78,16 +74,7 @@ def run_adapt(arguments: argparse.Namespace) -> None:
     )
     if state.is_main_process:
         print(f"Searching a mixture of {', '.join(bank.experts)} on {len(rows.examples)} examples of {task.name}")
-    folder = arguments.state or default_state(arguments.output)
-    found = search(dispatcher, folder)
-    if not found.adapted:
-        raise ValueError(f"{found.statement} Nothing was saved; the search is in {folder}.")
-    dispatcher.save_pretrained(arguments.output)
-    if state.is_main_process:
-        print_mixture(found, len(rows.examples))
-        print(f"The expert is in {arguments.output}")
-        if arguments.state is None:
-            remove_search(folder)
+    found = search_and_save(dispatcher, arguments)
     if rows.unseen is not None:
         evaluations = compare(dispatcher, task, rows.unseen, arguments.batch_size, state)
         if state.is_main_process:
@@ -169,6 +156,21 @@ def configurations(arguments: argparse.Namespace, bank: ExpertBank) -> list[Mixt
         return None
     groups = bank.layer_groups() if arguments.per_layer else ()
     return [MixtureSpace(tuple(bank.experts), groups, normalized=not arguments.free)]
+
+
+def search_and_save(dispatcher: FewShotDispatcher, arguments: argparse.Namespace) -> Adaptation:
+    """Search, save the expert and print what it is; raises a `ValueError` if there was nothing to adapt to."""
+    folder = arguments.state or default_state(arguments.output)
+    found = search(dispatcher, folder)
+    if not found.adapted:
+        raise ValueError(f"{found.statement} Nothing was saved; the search is in {folder}.")
+    dispatcher.save_pretrained(arguments.output)
+    if PartialState().is_main_process:
+        print_mixture(found, len(dispatcher.examples))
+        print(f"The expert is in {arguments.output}")
+        if arguments.state is None:
+            remove_search(folder)
+    return found
 
 
 def search(dispatcher: FewShotDispatcher, folder: Path) -> Adaptation:

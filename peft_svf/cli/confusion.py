@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_svf.cli.terminal import table, visible
+from peft_svf.cli.terminal import table, visible, with_interval
 from peft_svf.trainers.statistics import wilson_interval
 
 
@@ -89,8 +89,7 @@ class ConfusionMatrix:
 
 
 def _format(right: int, n: int) -> str:
-    low, high = wilson_interval(right, n)
-    return f"{100 * right / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {n}"
+    return f"{with_interval(right / n, *wilson_interval(right, n))} of {n}"
 
 
 def check_labels(labels: Sequence[str | None], known: Sequence[str], names: Sequence[str], source: str) -> list[str]:

@@ -13,7 +13,8 @@ from transformers.utils import logging
 
 from peft_svf.cli.generate import who
 from peft_svf.cli.playground_experts import BASE_FOLDER, TrainingReport, assemble_bank, train_expert
-from peft_svf.cli.terminal import indented, table
+from peft_svf.cli.results import format_gain
+from peft_svf.cli.terminal import indented, table, with_interval
 from peft_svf.experts import BASE_LABEL, ExpertBank
 from peft_svf.experts.bank_config import check_replaceable
 from peft_svf.pipelines import Transformer2Pipeline
@@ -122,14 +123,13 @@ def print_results(results: dict[str, FamilyResult]) -> None:
     print("\nGreedy success on held-out prompts [95 % interval]")
     rows = [("family", "n", "base", "expert", "gain in points", "parameters", "seconds")]
     for family, result in results.items():
-        gain, low, high = paired_difference_interval(result.base, result.expert)
         rows.append(
             (
                 family,
                 str(len(result.base)),
                 format_share(result.base),
                 format_share(result.expert),
-                f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                format_gain(paired_difference_interval(result.base, result.expert)),
                 str(result.training.parameters),
                 f"{result.training.seconds:.0f}",
             )
@@ -139,5 +139,5 @@ def print_results(results: dict[str, FamilyResult]) -> None:
 
 def format_share(successes: Sequence[bool]) -> str:
     """`"47.3 % [41.7, 53.0]"`."""
-    low, high = wilson_interval(sum(successes), len(successes))
-    return f"{100 * sum(successes) / len(successes):.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    right, n = sum(successes), len(successes)
+    return with_interval(right / n, *wilson_interval(right, n))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from peft_svf.answering import Processor, answer_text
 from peft_svf.cli import results
 from peft_svf.cli.data import find_task, parse_data_files
 from peft_svf.cli.models import BaseModel, check_adapter, for_rows
+from peft_svf.cli.output_files import check_output_file
 from peft_svf.cli.run_folder import write_json
 from peft_svf.cli.terminal import indented
 from peft_svf.dispatch.few_shot.examples import refuse_adaptation_examples, saved_hashes
@@ -69,12 +69,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> dict[str, Any]:
     """Raise for what can be known to be wrong at once; returns the options of the chat template."""
-    if arguments.output is not None and arguments.output.is_dir():
-        raise ValueError(f"{arguments.output} is a folder: --output takes the name of a JSON file")
     if arguments.output is not None:
-        parent = next(path for path in arguments.output.absolute().parents if path.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise ValueError(f"--output {arguments.output} cannot be written: {parent} is no folder to write to")
+        check_output_file(arguments.output, "--output")
     if arguments.samples > 1 and arguments.temperature == 0:
         raise ValueError("greedy answers to one prompt are all the same: --samples needs a --temperature above 0")
     if arguments.temperature < 0:

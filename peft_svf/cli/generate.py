@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from peft_svf.answering import Processes
 from peft_svf.cli.banks import load_bank
 from peft_svf.cli.dispatchers import build_dispatcher
 from peft_svf.cli.questions import Question, read_questions
@@ -41,7 +42,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
         if state.is_main_process:
             stream(pipe, questions[0], arguments)
         return
-    for question, record in zip(questions, answers(pipe, questions, arguments, state), strict=True):
+    records = answers(pipe, questions, arguments, Processes.launched())
+    for question, record in zip(questions, records, strict=True):
         if state.is_main_process:
             report(question, record, bank, arguments, alone)
 
@@ -80,16 +82,16 @@ def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def answers(
-    pipe: Any, questions: Sequence[Question], arguments: argparse.Namespace, state: PartialState
+    pipe: Any, questions: Sequence[Question], arguments: argparse.Namespace, processes: Processes
 ) -> Iterator[dict[str, Any]]:
     """A record for each prompt, in order, as they come; processes share the prompts."""
-    own = questions[state.process_index :: state.num_processes]
-    inputs = (pipeline_input(question, arguments) for question in own)
+    inputs = (pipeline_input(question, arguments) for question in processes.own(questions))
     found = (record for (record,) in pipe(inputs, batch_size=arguments.batch_size, **generation_options(arguments)))
-    if state.num_processes == 1:
+    if processes.count == 1:
         yield from found
         return
-    by_row = dict(gather_object([(state.process_index + i * state.num_processes, r) for i, r in enumerate(found)]))
+    rows = processes.own(range(len(questions)))
+    by_row = dict(processes.gather(list(zip(rows, found, strict=True))))
     yield from (by_row[row] for row in range(len(questions)))
 
 

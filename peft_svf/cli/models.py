@@ -14,7 +14,7 @@ from accelerate import PartialState
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, ProcessorMixin
 
-from peft_svf.answering import Processor
+from peft_svf.answering import Processor, image_column
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def check_adapter(name: str) -> None:
 
 def for_rows(processor: Processor, columns: list[str]) -> Processor:
     """The processor if rows have images, else its tokenizer, which text alone needs."""
-    has_images = bool({"image", "images"} & set(columns))
+    has_images = image_column(columns) is not None
     if has_images and not isinstance(processor, ProcessorMixin):
         raise ValueError(
             "the task has images, but the model has no processor for them: choose a vision-language model"

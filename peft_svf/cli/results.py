@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from peft_svf.cli.terminal import table
+from peft_svf.cli.terminal import table, with_interval
 from peft_svf.trainers.evaluation import Evaluation
 
 
@@ -31,8 +31,7 @@ def print_results(base: Evaluation, experts: Mapping[str, Evaluation]) -> None:
 
 def format_success(evaluation: Evaluation) -> str:
     """`"47.3 % [41.7, 53.0]"`."""
-    low, high = evaluation.interval
-    return f"{100 * evaluation.success:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    return with_interval(evaluation.success, *evaluation.interval)
 
 
 def format_gain(gain: tuple[float, float, float]) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
+from peft_svf.answering import Processes
 from peft_svf.cli import results
 from peft_svf.cli.banks import load_bank
 from peft_svf.cli.confusion import MOST_COLUMNS, ConfusionMatrix, check_labels
@@ -25,7 +25,7 @@ from peft_svf.plots import plot_confusion_matrix
 
 
 @dataclass(frozen=True)
-class Decision:
+class Choice:
     """
     What the dispatcher made of one prompt.
 
@@ -46,7 +46,7 @@ class Decision:
 
 def run_route(arguments: argparse.Namespace) -> None:
     """
-    Route all prompts and print the decisions; for prompts with labels, how often they are right.
+    Route all prompts and print the choices; for prompts with labels, how often they are right.
 
     Raises:
         ValueError: For prompts or arguments that cannot work, where possible before a model is loaded.
@@ -65,14 +65,14 @@ def run_route(arguments: argparse.Namespace) -> None:
     if is_labelled:
         names = [*bank.experts, BASE_LABEL]
         true = check_labels([question.label for question in questions], labels, names, str(arguments.file))
-    decisions = decide(build_dispatcher(bank, arguments), bank, questions, arguments.batch_size, state)
+    choices = choose(build_dispatcher(bank, arguments), bank, questions, arguments.batch_size)
     if not state.is_main_process:
         return
     matrix = None
     if true is not None:
-        matrix = ConfusionMatrix(tuple(labels), tuple(true), tuple(decision.chosen for decision in decisions))
-    report(questions, decisions, matrix, arguments)
-    write_files(questions, decisions, matrix, bank, arguments)
+        matrix = ConfusionMatrix(tuple(labels), tuple(true), tuple(choice.chosen for choice in choices))
+    report(questions, choices, matrix, arguments)
+    write_files(questions, choices, matrix, bank, arguments)
 
 
 def check_files(arguments: argparse.Namespace, is_labelled: bool) -> None:
@@ -91,69 +91,57 @@ def check_files(arguments: argparse.Namespace, is_labelled: bool) -> None:
     check_output_file(arguments.plot, "--plot", tuple(f".{kind}" for kind in formats))
 
 
-def decide(
-    dispatcher: Dispatcher, bank: ExpertBank, questions: Sequence[Question], batch_size: int, state: PartialState
-) -> list[Decision]:
-    """The dispatcher's decision on every prompt; processes share the batches."""
+def choose(dispatcher: Dispatcher, bank: ExpertBank, questions: Sequence[Question], batch_size: int) -> list[Choice]:
+    """The dispatcher's choice for every prompt; processes share the batches."""
+    processes = Processes.launched()
     batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
-    found: list[tuple[int, list[Decision]]] = []
-    for number in range(state.process_index, len(batches), state.num_processes):
-        route = dispatcher.route([question.prompt for question in batches[number]])
-        label_of = {BASE_LABEL: BASE_LABEL, **{name: entry.label for name, entry in bank.experts.items()}}
-        found.append(
-            (
-                number,
-                [
-                    Decision(label_of[name], dict(scores or {}))
-                    for name, scores in zip(route.chosen(), route.scores, strict=True)
-                ],
-            )
-        )
-    if state.num_processes > 1:
-        found = sorted(gather_object(found))
-    return [decision for _, decisions in found for decision in decisions]
+    label_of = {BASE_LABEL: BASE_LABEL, **{name: entry.label for name, entry in bank.experts.items()}}
+    found: list[tuple[int, list[Choice]]] = []
+    for number, batch in processes.own(list(enumerate(batches))):
+        route = dispatcher.route([question.prompt for question in batch])
+        named = zip(route.chosen(), route.scores, strict=True)
+        found.append((number, [Choice(label_of[name], dict(scores or {})) for name, scores in named]))
+    return [choice for _, choices in sorted(processes.gather(found), key=lambda batch: batch[0]) for choice in choices]
 
 
 def report(
     questions: Sequence[Question],
-    decisions: Sequence[Decision],
+    choices: Sequence[Choice],
     matrix: ConfusionMatrix | None,
     arguments: argparse.Namespace,
 ) -> None:
     """Print the scores of prompts without labels; of prompts with labels, accuracy, confusions and unsure prompts."""
     if matrix is None:
-        print(scores_table(questions, decisions))
+        print(scores_table(questions, choices))
         return
     print(f"Right [95 % interval]: {matrix.summary()}")
     print(matrix.text())
-    order = sorted(range(len(questions)), key=lambda i: decisions[i].lead)[: arguments.unsure]
+    order = sorted(range(len(questions)), key=lambda i: choices[i].lead)[: arguments.unsure]
     print("\nLeast certain prompts")
-    print(scores_table([questions[i] for i in order], [decisions[i] for i in order], [matrix.true[i] for i in order]))
+    print(scores_table([questions[i] for i in order], [choices[i] for i in order], [matrix.true[i] for i in order]))
 
 
-def scores_table(
-    questions: Sequence[Question], decisions: Sequence[Decision], true: Sequence[str] | None = None
-) -> str:
+def scores_table(questions: Sequence[Question], choices: Sequence[Choice], true: Sequence[str] | None = None) -> str:
     """A row for each prompt: what it got (and has, if known), and the probability of every label or the best ones."""
-    labels = list(decisions[0].scores)
+    labels = list(choices[0].scores)
     is_wide = len(labels) > MOST_COLUMNS
     columns = ["most probable"] if is_wide else ["lead", *map(visible, labels)]
     header = ["prompt", *([] if true is None else ["true"]), "chosen", *columns]
     rows = [header]
-    for i, (question, decision) in enumerate(zip(questions, decisions, strict=True)):
+    for i, (question, choice) in enumerate(zip(questions, choices, strict=True)):
         known = [] if true is None else [visible(true[i])]
-        shown = [f"{value:.3f}" for value in (decision.lead, *(decision.scores[label] for label in labels))]
+        shown = [f"{value:.3f}" for value in (choice.lead, *(choice.scores[label] for label in labels))]
         if is_wide:
-            best = sorted(decision.scores.items(), key=lambda item: -item[1])[:3]
+            best = sorted(choice.scores.items(), key=lambda item: -item[1])[:3]
             shown = [", ".join(f"{visible(label)} {score:.3f}" for label, score in best)]
-        rows.append([one_line(question.text), *known, visible(decision.chosen), *shown])
+        rows.append([one_line(question.text), *known, visible(choice.chosen), *shown])
     first = len(header) - len(columns)
     return table(rows, right=() if is_wide else range(first, len(header)))
 
 
 def write_files(
     questions: Sequence[Question],
-    decisions: Sequence[Decision],
+    choices: Sequence[Choice],
     matrix: ConfusionMatrix | None,
     bank: ExpertBank,
     arguments: argparse.Namespace,
@@ -173,9 +161,9 @@ def write_files(
         "margin": arguments.margin,
         "calibrated": arguments.calibrate,
         "prompts": [
-            {"prompt": question.prompt, "chosen": decision.chosen, "lead": decision.lead, "scores": decision.scores}
+            {"prompt": question.prompt, "chosen": choice.chosen, "lead": choice.lead, "scores": choice.scores}
             | ({} if matrix is None else {"label": matrix.true[i]})
-            for i, (question, decision) in enumerate(zip(questions, decisions, strict=True))
+            for i, (question, choice) in enumerate(zip(questions, choices, strict=True))
         ],
         **({} if matrix is None else matrix.as_json()),
         **results.environment(),

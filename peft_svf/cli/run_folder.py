@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_svf.trainers.files import replace_file
+from peft_svf.experts.files import replace_file
 
 
 RUN_FILE = "run.json"

@@ -36,6 +36,11 @@ def one_line(text: str, width: int = 60) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
+def with_interval(share: float, low: float, high: float) -> str:
+    """`"47.3 % [41.7, 53.0]"`, of shares in [0, 1]."""
+    return f"{100 * share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """
     Rows of equal length in aligned columns; the first row is the header.

@@ -42,7 +42,8 @@ class AdapterState:
         with self._lock:
             config = self.model.peft_config.get(self.adapter)
             if config is None:
-                raise ValueError(f"The model has no adapter '{self.adapter}' any more; it has {self._adapters()}.")
+                known = ", ".join(self.model.peft_config) or "none"
+                raise ValueError(f"The model has no adapter '{self.adapter}' any more; it has {known}.")
             if config is not self._config:  # the adapter was loaded anew: perhaps into other layers
                 self._config, self._modules = config, self._find_modules()
             seen = self._look()
@@ -50,9 +51,6 @@ class AdapterState:
                 self._version += 1
             self._seen = seen
             return self._version
-
-    def _adapters(self) -> str:
-        return ", ".join(self.model.peft_config) or "none"
 
     def _find_modules(self) -> list[SVFLayer | AuxiliaryTrainingWrapper]:
         modules = wrapping_modules(self.model.get_base_model())

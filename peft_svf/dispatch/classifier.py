@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,17 +99,10 @@ def find_classifier(model: PeftModel, name_or_folder: str | Path) -> str:
 
 
 def _load(model: PeftModel, folder: Path) -> str:
-    name = next(free for free in _names() if free not in model.peft_config)
+    names = itertools.chain(["classifier"], (f"classifier_{number}" for number in itertools.count(2)))
+    name = next(free for free in names if free not in model.peft_config)
     try:
         load_expert(model, folder, name, f"the folder {folder}")
     except ExpertBankError as error:
         raise ValueError(f"There is no classifier in {folder}: {error}") from error
     return name
-
-
-def _names() -> Iterator[str]:
-    yield "classifier"
-    number = 1
-    while True:
-        number += 1
-        yield f"classifier_{number}"

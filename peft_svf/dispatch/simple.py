@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -38,8 +39,7 @@ class FixedDispatcher:
                 )
             self._row = route
         else:
-            _check_names(bank, [route] if isinstance(route, str) else route)
-            self._row = Route.mixture({route: 1.0} if isinstance(route, str) else _numbers(route))
+            self._row = Route.mixture(checked_mixture(bank, route))
         _check_names(bank, self._row.experts)
 
     def route(self, prompts: Sequence[Prompt]) -> Route:
@@ -79,14 +79,13 @@ class CallableDispatcher:
         if not prompts:
             return Route.one_hot([], list(self.bank.experts))
         returned = self.function(prompts)
+        name = getattr(self.function, "__name__", type(self.function).__name__)
         try:
             route = self._as_route(returned)
             _check_names(self.bank, route.experts)
         except (TypeError, ValueError) as error:
-            name = getattr(self.function, "__name__", type(self.function).__name__)
             raise ValueError(f"The routing function {name} returned what is no route: {error}") from error
         if len(route) != len(prompts):
-            name = getattr(self.function, "__name__", type(self.function).__name__)
             raise ValueError(f"The routing function {name} was given {len(prompts)} prompts and routed {len(route)}.")
         return route
 
@@ -108,17 +107,24 @@ class CallableDispatcher:
     def _row(self, choice: Any) -> Route:
         if not isinstance(choice, str | Mapping):
             raise ValueError(f"{choice!r} is neither an expert's name nor a mixture.")
-        _check_names(self.bank, [choice] if isinstance(choice, str) else choice)
-        return Route.mixture({choice: 1.0} if isinstance(choice, str) else _numbers(choice))
+        return Route.mixture(checked_mixture(self.bank, choice))
 
 
-def _check_names(bank: ExpertBank, names: Any) -> None:
+def checked_mixture(bank: ExpertBank, choice: str | Mapping[str, Any]) -> dict[str, float]:
+    """
+    The mixture that an expert's name, or weights by expert, stand for.
+
+    Raises:
+        ValueError: an unknown expert, or a weight that is not a finite number.
+    """
+    mixture = {choice: 1.0} if isinstance(choice, str) else dict(choice)
+    _check_names(bank, mixture)
+    for name, weight in mixture.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"The weight of '{name}' in the mixture must be a finite number, not {weight!r}.")
+    return mixture
+
+
+def _check_names(bank: ExpertBank, names: Iterable[str]) -> None:
     for name in names:
         bank.check_expert(name)
-
-
-def _numbers(mixture: Mapping[str, Any]) -> dict[str, float]:
-    for name, weight in mixture.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(f"The weight of '{name}' must be a number, not {weight!r}.")
-    return dict(mixture)

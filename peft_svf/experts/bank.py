@@ -73,7 +73,8 @@ class ExpertBank:
         classifier: str | None = None,
         dispatcher_options: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(model, torch.nn.Module):
+        given: Any = model  # or mypy, for which a PeftModel is anything, takes the model for a plain module below
+        if not isinstance(given, torch.nn.Module):
             raise ExpertBankError(
                 f"A bank is made of a model, not of {model!r}; ExpertBank.from_pretrained loads a folder or Hub id."
             )
@@ -154,6 +155,19 @@ class ExpertBank:
             if name != self.classifier:
                 self.check_expert(name)
         return tuple(mixture), torch.tensor([list(mixture.values())]), (), True
+
+    def row_groups(self, route: RouteWeights) -> list[list[int]]:
+        """
+        The rows of a route that `routed` takes in one batch.
+
+        All of them, or those of equal weights, if the route changes modules that cannot tell rows apart (vision
+        towers, the experts of a mixture-of-experts model).
+        """
+        batch = MixedBatch(*self._weights(route))
+        layers = (module for module in self.base_model.modules() if isinstance(module, SVFLayer))
+        if batch.is_uniform or all(layer.svf_sees_rows or not batch.changes(layer) for layer in layers):
+            return [list(range(batch.rows))]
+        return batch.equal_rows()
 
     @contextmanager
     def base_only(self) -> Iterator[PreTrainedModel]:

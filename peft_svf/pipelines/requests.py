@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,6 +11,7 @@ from torch.utils.data import Dataset
 from transformers.utils.chat_template_utils import Chat
 
 from peft_svf.dispatch.route import Route
+from peft_svf.dispatch.simple import checked_mixture
 from peft_svf.experts.bank import BASE_LABEL, ExpertBank
 
 
@@ -49,11 +49,7 @@ def check_pinned(bank: ExpertBank, pinned: Any) -> Pinned:
         )
     if not pinned:
         raise ValueError(f"The mixture is empty; name at least one expert, or '{BASE_LABEL}' for the base model.")
-    for name, weight in pinned.items():
-        bank.check_expert(name)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ValueError(f"The weight of '{name}' in the mixture must be a finite number, not {weight!r}.")
-    return dict(pinned)
+    return checked_mixture(bank, pinned)
 
 
 def pinned_route(bank: ExpertBank, pinned: Sequence[Pinned], like: Route | None) -> Route:

@@ -17,7 +17,7 @@ from peft_svf.dispatch import Dispatcher, as_dispatcher
 from peft_svf.dispatch.route import MIXTURE, Prompt, Route
 from peft_svf.experts.bank import BASE_LABEL, ExpertBank
 from peft_svf.pipelines.requests import Pinned, Request, check_pinned, check_prompt, pinned_route
-from peft_svf.pipelines.row_groups import join_rows, row_groups, take_rows
+from peft_svf.pipelines.row_groups import join_rows, take_rows
 from peft_svf.pipelines.saving import save_pipeline, saved_dispatcher
 from peft_svf.pipelines.wrapping import as_bank
 
@@ -147,7 +147,7 @@ class RoutingMixin:
 
     def _second_pass(self, model_inputs: Any, route: Route, **generate_kwargs: Any) -> Any:
         self.model = self.bank.model  # the first expert of a bank without experts makes it a PeftModel
-        groups = row_groups(self.bank, route)
+        groups = self.bank.row_groups(route)
         if len(groups) == 1:
             with self.bank.routed(route):
                 return self._generate(model_inputs, **generate_kwargs)

@@ -1,4 +1,4 @@
-"""A batch whose rows cannot all be generated at once: into groups of rows, and from their outputs to its own."""
+"""The inputs of some rows of a batch, and the output of a batch from those of its groups of rows."""
 
 from __future__ import annotations
 
@@ -7,25 +7,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-
-from peft_svf.dispatch.route import Route
-from peft_svf.experts.bank import ExpertBank
-from peft_svf.tuner.layer import SVFLayer
-from peft_svf.tuner.mixed_batch import MixedBatch
-
-
-def row_groups(bank: ExpertBank, route: Route) -> list[list[int]]:
-    """
-    The rows of a route that `bank.routed` takes together.
-
-    All of them, or those of equal weights, if the route changes modules that cannot tell rows apart (vision towers,
-    the experts of a mixture-of-experts model).
-    """
-    batch = MixedBatch(route.experts, route.weights, route.groups, route.residual)
-    layers = (module for module in bank.base_model.modules() if isinstance(module, SVFLayer))
-    if batch.is_uniform or all(layer.svf_sees_rows or not batch.changes(layer) for layer in layers):
-        return [list(range(len(route)))]
-    return batch.equal_rows()
 
 
 def take_rows(model_inputs: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:

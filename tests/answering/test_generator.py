@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
+from peft import get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerBase
 
-from peft_svf import ExpertBank
+from peft_svf import ExpertBank, SVFConfig
 from peft_svf.answering import AnswerGenerator, ScoredAnswer
 from peft_svf.answering.likelihood import AnswerLikelihoods
 from peft_svf.dispatch import Route
@@ -40,7 +41,7 @@ def route(bank: ExpertBank) -> Route:
 
 
 def generator_of(bank: ExpertBank, temperature: float = 0.0) -> AnswerGenerator:
-    return AnswerGenerator(bank.model, bank.tokenizer, 26, temperature, {}, bank.routed)
+    return AnswerGenerator(bank.model, bank.tokenizer, 26, temperature, {}, bank)
 
 
 def merged(bank: ExpertBank, route: Route, row: int) -> torch.nn.Module:
@@ -151,9 +152,36 @@ def test_a_route_that_does_not_fit_is_refused(bank: ExpertBank, prompts: list[An
     texts = [generator.render(prompt) for prompt in prompts]
     with pytest.raises(ValueError, match="route has 2 rows, but there are 6 prompts"):
         generator.answers(texts, prompts, route=Route.mixture({"math": 1.0}, rows=2))
-    generator.routed = None
-    with pytest.raises(ValueError, match=r"pass `routed=bank.routed`"):
+    generator.bank = None
+    with pytest.raises(ValueError, match="pass `bank`"):
         generator.answers(texts, prompts, route=Route.mixture({"math": 1.0}, rows=6))
+
+
+def test_rows_that_a_mixture_of_experts_cannot_tell_apart_are_answered_route_by_route(
+    character_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(MixtralConfig(vocab_size=100, initializer_range=0.3, **sizes, **heads))
+    config: Any = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"], "init_weights": False}
+    model: Any = get_peft_model(base, SVFConfig(**config), "one")
+    model.add_adapter("two", SVFConfig(**config))
+    for name, parameter in model.named_parameters():
+        if ".svf_offset." in name:
+            parameter.data.mul_(8)
+    bank = ExpertBank(model, character_tokenizer)
+    route = Route(torch.tensor([[1.0, 0.0], [0.3, 0.7], [1.0, 0.0], [0.0, 0.0]]), ("one", "two"))
+    prompts = ["abc", "a longer one", "abc", "abc"]
+    generate, rows = model.generate, []
+    monkeypatch.setattr(
+        model, "generate", lambda **kwargs: rows.append(len(kwargs["input_ids"])) or generate(**kwargs)
+    )
+    together = answer(bank, prompts, route)
+    assert rows == [2, 1, 1]
+    alone = [answer(bank, [prompt], route[[row]])[0] for row, prompt in enumerate(prompts)]
+    assert [own.text for own in together] == [own.text for own in alone] and len({own.text for own in alone}) == 3
+    assert [own.log_likelihood for own in together] == pytest.approx([own.log_likelihood for own in alone], abs=1e-4)
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ def test_rows_come_from_files_and_of_the_split_asked_for(tmp_path: Path) -> None
         (["--samples", "2"], "--samples needs a --temperature above 0"),
         (["--temperature", "-1"], "--temperature is 0 (greedy) or positive"),
         (["-n", "1"], "--prompts must be at least 2"),
-        (["--output", "."], "--output takes the name of a JSON file"),
+        (["--output", "."], "--output takes the name of a file"),
         (["--chat-template-kwargs", "{"], "--chat-template-kwargs is not JSON"),
         (["--data-files", "a.csv", "train=b.csv"], "or NAME=path for each of them"),
         (["--load-in-4bit", "--load-in-8bit"], "exclude each other"),

@@ -13,6 +13,7 @@ import pytest
 from transformers import pipeline
 
 import peft_svf  # noqa: F401 - registers the pipeline
+from peft_svf.answering import Processes
 from peft_svf.cli import generate, main
 from peft_svf.cli.terminal import indented, one_line, visible
 from peft_svf.playground import BANK_FOLDER
@@ -146,14 +147,11 @@ def test_processes_share_the_prompts_and_keep_their_order(monkeypatch: pytest.Mo
         return ([{"generated_text": row["text"]}] for row in inputs)
 
     parts: list[Any] = []
-    monkeypatch.setattr(generate, "gather_object", lambda own: parts.extend(own) or parts)
-    for index in (1, 0):
-        state = SimpleNamespace(process_index=index, num_processes=2)
-        if index:  # the other process, whose part only is wanted
-            with pytest.raises(KeyError):
-                list(generate.answers(pipe, questions, arguments, state))  # type: ignore[arg-type]
-            assert [row for row, _ in parts] == [1, 3]
-    found = generate.answers(pipe, questions, arguments, state)  # type: ignore[arg-type]
+    monkeypatch.setattr(Processes, "gather", lambda self, own: parts.extend(own) or parts)
+    with pytest.raises(KeyError):  # the other process, whose part only is wanted
+        list(generate.answers(pipe, questions, arguments, Processes(1, 2)))  # type: ignore[arg-type]
+    assert [row for row, _ in parts] == [1, 3]
+    found = generate.answers(pipe, questions, arguments, Processes(0, 2))  # type: ignore[arg-type]
     assert [record["generated_text"] for record in found] == [question.prompt for question in questions]
 
 

@@ -12,7 +12,7 @@ from peft_svf import ExpertBank, PromptDispatcher
 from peft_svf.cli import main
 from peft_svf.cli.confusion import ConfusionMatrix
 from peft_svf.cli.questions import Question
-from peft_svf.cli.route import Decision, scores_table
+from peft_svf.cli.route import Choice, scores_table
 from peft_svf.playground import BANK_FOLDER, generate_problems
 from peft_svf.trainers.statistics import wilson_interval
 
@@ -94,13 +94,13 @@ def test_many_labels_leave_room_on_the_terminal() -> None:
     assert matrix.text().split() == ["true", "chosen", "prompts", "label000", "label001", "1"]
     assert ConfusionMatrix(labels, labels, labels).text() == "No prompt got another label than its own"
     scores = dict.fromkeys(labels, 0.001) | {"label007": 0.5, "label008": 0.201}
-    shown = scores_table([Question("a prompt")], [Decision("label007", scores)])
+    shown = scores_table([Question("a prompt")], [Choice("label007", scores)])
     assert "label007 0.500, label008 0.201, label000 0.001" in shown
     assert max(map(len, shown.splitlines())) < 120
 
 
 def test_the_lead_is_that_over_the_second_label() -> None:
-    assert Decision("math", {"code": 0.3, "math": 0.6, "others": 0.1}).lead == pytest.approx(0.3)
+    assert Choice("math", {"code": 0.3, "math": 0.6, "others": 0.1}).lead == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(

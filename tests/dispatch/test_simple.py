@@ -50,7 +50,7 @@ def test_a_fixed_route_keeps_its_weights_per_layer(bank):
     [
         ("maths", "Unknown expert 'maths'"),
         ({"maths": 1.0}, "Unknown expert 'maths'"),
-        ({"math": "a lot"}, "weight of 'math' must be a number"),
+        ({"math": "a lot"}, "weight of 'math' in the mixture must be a finite number"),
         ({"math": float("nan")}, "finite"),
         (Route.one_hot(["math", "code"], ["math", "code"]), "one row"),
         (Route.one_hot(["maths"], ["maths"]), "Unknown expert 'maths'"),

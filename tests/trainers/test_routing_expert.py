@@ -45,5 +45,5 @@ def test_a_few_steps_on_an_instruction_that_the_base_model_half_follows(example:
     assert sum(after.scored) >= sum(before.scored)
     assert not trainer.best_is_base
     # scores before training are those of the bank's own dispatcher
-    chosen = dispatcher.route([example.requests_of(prompt) for prompt in rows["prompt"]]).chosen()
+    chosen = dispatcher.route(list(rows["prompt"])).chosen()
     assert before.scored == [name == answer for name, answer in zip(chosen, rows["answer"], strict=True)]

@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from peft_svf.trainers.files import replace_file
+from peft_svf.experts.files import replace_file
 
 
 class NonFiniteLossError(ArithmeticError):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_svf.trainers.files import replace_file
+from peft_svf.experts.files import replace_file
 
 
 SWEEP_NAME = "kl_sweep.json"

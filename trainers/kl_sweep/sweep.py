@@ -18,9 +18,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from peft_svf.experts.files import replace_file
 from peft_svf.trainers.checkpoints import checkpoint_files as files
 from peft_svf.trainers.distributed import is_sharded
-from peft_svf.trainers.files import replace_file
 from peft_svf.trainers.kl_sweep.fresh_trainer import FreshTrainer
 from peft_svf.trainers.kl_sweep.record import SWEEP_NAME, KLRun, KLSweepResult, choose, read_sweep, write_sweep
 from peft_svf.trainers.validation.best_checkpoint import (

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from peft_svf.trainers.files import replace_file
+from peft_svf.experts.files import replace_file
 
 
 Row: TypeAlias = dict[str, float]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_svf.trainers.files import replace_file
+from peft_svf.experts.files import replace_file
 from peft_svf.trainers.logs.learning_curve import Row, interval_columns, read_learning_curve, rows_by_step
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from trl import GRPOTrainer
 
+from peft_svf.experts.files import replace_file
 from peft_svf.trainers import checks
 from peft_svf.trainers.checkpoints import checkpoint_files as files
 from peft_svf.trainers.distributed import write_parameters
-from peft_svf.trainers.files import replace_file
 from peft_svf.trainers.statistics import paired_difference_interval
 from peft_svf.trainers.validation.reward_metrics import prompt_means
 

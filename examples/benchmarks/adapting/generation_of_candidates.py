@@ -48,9 +48,7 @@ class Contest:
     candidates: Route
 
     def generator(self) -> AnswerGenerator:
-        return AnswerGenerator(
-            self.bank.model, self.bank.tokenizer, self.max_new_tokens, 0.0, {}, routed=self.bank.routed
-        )
+        return AnswerGenerator(self.bank.model, self.bank.tokenizer, self.max_new_tokens, 0.0, {}, self.bank)
 
     def in_one_batch(self) -> list[Fitness]:
         rows = len(self.candidates) * len(self.examples)

@@ -5,7 +5,7 @@ from peft_svf.dispatch.few_shot.cross_validation import CrossValidation, cross_v
 from peft_svf.dispatch.few_shot.dispatcher import FewShotDispatcher
 from peft_svf.dispatch.few_shot.examples import AdaptationExamplesError, prompt_hash
 from peft_svf.dispatch.few_shot.mixture_space import MixtureSpace
-from peft_svf.dispatch.few_shot.optimizer import Fitness, Optimizer
+from peft_svf.dispatch.few_shot.optimizer import Fitness, Optimizer, StartDistribution
 from peft_svf.dispatch.few_shot.search import MixtureSearch, SearchResult, StopReason
 from peft_svf.dispatch.few_shot.search_settings import SearchSettings
 from peft_svf.dispatch.few_shot.search_state import SearchStateError
@@ -23,6 +23,7 @@ __all__ = [
     "SearchResult",
     "SearchSettings",
     "SearchStateError",
+    "StartDistribution",
     "StopReason",
     "cross_validate",
     "prompt_hash",

@@ -59,8 +59,8 @@ class Adaptation:
             validation = self.cross_validation
             chosen = (
                 f"The configuration '{validation.chosen.name}' was chosen among {len(validation.scores)} by "
-                f"{len(validation.folds)}-fold cross-validation on the examples alone; ties go to the simplest. No "
-                "other data was used."
+                f"{len(validation.folds)}-fold cross-validation on the examples alone; ties go to the simplest. The "
+                "paper picks its best configuration on test data; ours used no other data."
             )
         return (
             f"{chosen} The fitness is that on the examples which the mixture was searched on, so it is too good as an "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,24 +13,21 @@ from typing import Any, Protocol
 from torch import Tensor
 from tqdm import tqdm
 
-from peft_svf.answering import AnswerGenerator, Processes, Processor
+from peft_svf.answering import IMAGE_COLUMNS, AnswerGenerator, Processes, Processor
 from peft_svf.dispatch.few_shot.adaptation import Adaptation
-from peft_svf.dispatch.few_shot.cross_validation import CrossValidation, Fold, cross_validate
-from peft_svf.dispatch.few_shot.examples import ADAPTATION_FILE, IMAGE_COLUMNS, Examples, as_examples, row_hashes
-from peft_svf.dispatch.few_shot.mixture_file import save_mixture
+from peft_svf.dispatch.few_shot.configurations import usable_configurations
+from peft_svf.dispatch.few_shot.cross_validation import CrossValidation, Fold, cross_validate, split_folds
+from peft_svf.dispatch.few_shot.examples import Examples, as_examples, row_hashes
+from peft_svf.dispatch.few_shot.mixture_file import save_expert
 from peft_svf.dispatch.few_shot.mixture_space import MixtureSpace
 from peft_svf.dispatch.few_shot.optimizer import Fitness
 from peft_svf.dispatch.few_shot.population import Population
 from peft_svf.dispatch.few_shot.search import MixtureSearch, SearchResult
 from peft_svf.dispatch.few_shot.search_settings import SearchSettings
-from peft_svf.dispatch.route import Prompt, Route
+from peft_svf.dispatch.route import Prompt, Route, check_prompts
 from peft_svf.experts.bank import BASE_LABEL, ExpertBank
-from peft_svf.experts.files import make_readable, replaced_folder
 from peft_svf.tuner.layer import SVFLayer
-from peft_svf.tuner.mixture import check_mixture
 
-
-logger = logging.getLogger(__name__)
 
 Reward = Callable[..., "list[float | None]"]
 
@@ -52,8 +48,10 @@ class FewShotDispatcher:
 
     Strategy C of Transformer² (arXiv 2501.06252, section 3.2): a search over mixture weights, by default the paper's
     cross-entropy method. All candidates of a generation answer all examples in batched generation, each row of a batch
-    under its own mixture. No first pass is needed afterwards. The paper reports the best of four configurations
-    (weights global or per layer, normalized or free) on test data; here cross-validation on the examples chooses.
+    under its own mixture. No first pass is needed afterwards.
+
+    There are four configurations: weights global or per layer, normalized or free. The paper picks its best
+    configuration on test data; ours picks by cross-validation on the examples.
 
     Examples are not to be evaluated on: [`~peft_svf.trainers.evaluation.evaluate`] refuses them, also under the expert
     that `save_pretrained` writes.
@@ -69,18 +67,20 @@ class FewShotDispatcher:
         task ([`~peft_svf.trainers.tasks.Task`], *optional*): Gives `reward` and `max_new_tokens`.
         settings ([`SearchSettings`], *optional*): Defaults to `SearchSettings.paper()`.
         configurations (`Sequence[MixtureSpace]`, *optional*):
-            What cross-validation chooses from; a single one is taken without. Defaults to the paper's four.
+            What cross-validation chooses from; a single one is taken without. Defaults to the paper's four, of which
+            the free ones leave the rest of the weight to the base model if the experts' `rank` is limited.
         folds (`int`, *optional*, defaults to 5): Of the cross-validation; never more than examples.
         validation_iterations (`int`, *optional*, defaults to 10):
             Generations at most of each search in the cross-validation, of which there are configurations times folds.
-        batch_size (`int`, *optional*, defaults to 256): At most so many answers at once; halved if they do not fit.
+        batch_size (`int`, *optional*, defaults to 256):
+            Answers generated at once, at most. A batch that does not fit is halved, and later ones start with halves.
         processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): Defaults to the bank's tokenizer.
         chat_template_kwargs (`Mapping`, *optional*): For the chat template, e.g. `{"enable_thinking": False}`.
 
     Raises:
         TypeError: A bank, task or settings that is none.
-        ValueError: No examples, a column that is missing, fewer than two experts, neither reward nor task, or numbers
-            out of range.
+        ValueError: No examples, a column that is missing, fewer than two experts, neither reward nor task, numbers out
+            of range, or free weights that scale all singular values of experts of limited `rank`.
 
     Example:
 
@@ -113,24 +113,24 @@ class FewShotDispatcher:
         self.bank = bank
         self.reward, self.max_new_tokens = _reward_and_length(reward, max_new_tokens, task)
         self.settings = settings or SearchSettings.paper()
-        self.configurations = _configurations(bank, configurations)
+        self.configurations = usable_configurations(bank, configurations)
         self.examples = as_examples(examples, self.reward)
         self.example_hashes = frozenset(row_hashes(self.examples))
         self.folds = folds
         self._validation = dataclasses.replace(
             self.settings, iterations=min(validation_iterations, self.settings.iterations)
         )
-        if len(self.configurations) > 1 and len(self.examples) < 2:
-            raise ValueError(
-                "One example cannot choose between configurations: bring more, or pass one of `configurations`."
-            )
+        for space in self.configurations:
+            MixtureSearch(space, self.settings)  # refuses what it cannot work with before an hour has passed
+        if len(self.configurations) > 1:
+            split_folds(len(self.examples), folds)
         generator = AnswerGenerator(
             bank.model,
             processing_class or bank.tokenizer,
             self.max_new_tokens,
             0.0,
             dict(chat_template_kwargs or {}),
-            bank.routed,
+            bank,
         )
         self._population = Population(generator, self.examples, self.reward, batch_size)
         self._result: Adaptation | None = None
@@ -163,7 +163,7 @@ class FewShotDispatcher:
             chosen = self._cross_validate(state_folder, identity, progress)
             space = chosen.chosen
         everything = range(len(self.examples))
-        folder = None if state_folder is None else Path(state_folder) / space.name
+        folder = None if state_folder is None else Path(state_folder) / self._name(space)
         found = self._search(space, everything, self.settings, folder, identity, progress)
         self._result = Adaptation(found, chosen, self._references())
         if not self._result.adapted:
@@ -182,7 +182,7 @@ class FewShotDispatcher:
         )
 
         def search(space: MixtureSpace, fold: Fold) -> SearchResult:
-            name = f"{space.name}-fold-{fold.number}"
+            name = f"{self._name(space)}-fold-{fold.number}"
             folder = None if state_folder is None else Path(state_folder) / name
             found = self._search(space, fold.training, self._validation, folder, identity, progress=False)
             bar.update()
@@ -195,6 +195,12 @@ class FewShotDispatcher:
             return cross_validate(
                 self.configurations, len(self.examples), search, judge, self.folds, self.settings.seed
             )
+
+    def _name(self, space: MixtureSpace) -> str:
+        """Of a folder: two configurations may share a name, such as weights per layer and those per matrix."""
+        number = self.configurations.index(space)
+        namesakes = [other for other in self.configurations[:number] if other.name == space.name]
+        return f"{space.name}-{len(namesakes) + 1}" if namesakes else space.name
 
     def _search(
         self,
@@ -224,7 +230,7 @@ class FewShotDispatcher:
             "examples": [*row_hashes(self.examples), hashlib.sha256(rows.encode()).hexdigest()],
             "experts": {name: _digest(self.bank, name) for name in self.bank.experts},
             "base_model": str(self.bank.base_model.config._name_or_path),
-            "reward": _name(self.reward),
+            "reward": _reward_name(self.reward),
             "max_new_tokens": self.max_new_tokens,
             "chat_template_kwargs": repr(self._population.generator.chat_template_kwargs),
         }
@@ -249,7 +255,7 @@ class FewShotDispatcher:
 
     def route(self, prompts: Sequence[Prompt]) -> Route:
         """The mixture that was found, for every prompt. Raises a `RuntimeError` before `adapt`."""
-        return self.result.search.route(len(prompts))
+        return self.result.search.route(len(check_prompts(prompts)))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """
@@ -268,25 +274,13 @@ class FewShotDispatcher:
         """
         target = Path(folder).absolute()
         record = {**self.result.to_dict(), **self._circumstances()}
-        processes = Processes.launched()
-        problem: list[str] = []
-        if processes.is_main:
-            if target.exists() and not _is_replaceable(target):
-                problem = [f"{target} exists and is no expert of a few-shot search; choose a new folder."]
-            else:
-                with replaced_folder(target) as staging:
-                    save_mixture(self.bank, self.result.search.route(), staging)
-                    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-                    (staging / ADAPTATION_FILE).write_text(text, "utf-8")
-                    make_readable(staging)
-        if problem := processes.gather(problem):  # the others wait here until the folder is there
-            raise ValueError(problem[0])
+        save_expert(self.bank, self.result.search.route(), record, target)
         return target
 
     def _circumstances(self) -> dict[str, Any]:
         return {
             "settings": dataclasses.asdict(self.settings),
-            "reward": _name(self.reward),
+            "reward": _reward_name(self.reward),
             "max_new_tokens": self.max_new_tokens,
             "base_model": str(self.bank.base_model.config._name_or_path),
             "examples": len(self.examples),
@@ -315,24 +309,6 @@ def _reward_and_length(
     return reward, max_new_tokens
 
 
-def _configurations(bank: ExpertBank, given: Sequence[MixtureSpace] | None) -> list[MixtureSpace]:
-    experts = list(bank.experts)
-    if len(experts) < (2 if given is None else 1):
-        known = f"only '{experts[0]}'" if experts else "none"
-        raise ValueError(
-            f"A mixture needs at least two experts, but the bank has {known}: add experts to it, or answer with "
-            f"{'that one' if experts else 'the base model'}."
-        )
-    check_mixture(bank.model.peft_config, experts, [1.0] * len(experts), new_name="", normalize=False)
-    configurations = MixtureSpace.configurations(experts, bank.layer_groups()) if given is None else list(given)
-    if not configurations:
-        raise ValueError("`configurations` is empty: pass at least one, or leave it out for the paper's four.")
-    for space in configurations:
-        for name in space.experts:
-            bank.check_expert(name)
-    return configurations
-
-
 def _digest(bank: ExpertBank, expert: str) -> str:
     """SHA-256 of an expert's offsets, as they are applied."""
     digest = hashlib.sha256()
@@ -343,9 +319,5 @@ def _digest(bank: ExpertBank, expert: str) -> str:
     return digest.hexdigest()
 
 
-def _name(reward: Reward) -> str:
+def _reward_name(reward: Reward) -> str:
     return str(getattr(reward, "__name__", type(reward).__name__))
-
-
-def _is_replaceable(folder: Path) -> bool:
-    return folder.is_dir() and (not any(folder.iterdir()) or (folder / ADAPTATION_FILE).is_file())

@@ -13,11 +13,10 @@ from typing import Any, TypeAlias
 import pyarrow
 from datasets import Dataset
 
-from peft_svf.answering import Prompt, answer_text
+from peft_svf.answering import Prompt, answer_text, image_column
 
 
 ADAPTATION_FILE = "adaptation.json"  # beside the expert that a search has found
-IMAGE_COLUMNS = ("image", "images")
 _SHOWN_ROWS = 10
 # What TRL passes to every reward function besides the columns of the dataset
 _TRL_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -97,7 +96,7 @@ def reward_columns(reward: Callable[..., Any]) -> list[str]:
 
 def row_hashes(dataset: Dataset) -> list[str]:
     """[`prompt_hash`] of every row, with its images where there are any."""
-    column = next((name for name in IMAGE_COLUMNS if name in dataset.column_names), None)
+    column = image_column(dataset.column_names)
     images = [None] * len(dataset) if column is None else dataset[column]
     return [prompt_hash(prompt, image) for prompt, image in zip(dataset["prompt"], images, strict=True)]
 

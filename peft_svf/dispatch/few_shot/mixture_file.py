@@ -1,18 +1,55 @@
-"""A mixture as an ordinary expert on disk: one adapter with the offsets that the mixture comes to."""
+"""A mixture as an ordinary expert on disk: one adapter with its offsets, and the record of how it was found."""
 
 from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from peft_svf.answering import Processes
+from peft_svf.dispatch.few_shot.examples import ADAPTATION_FILE
 from peft_svf.dispatch.route import Route
 from peft_svf.experts.bank import ExpertBank
+from peft_svf.experts.files import make_readable, replaced_folder
 from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.mixed_batch import MixedBatch
+
+
+def save_expert(bank: ExpertBank, route: Route, record: Mapping[str, Any], folder: Path) -> None:
+    """
+    Write an expert and its record at once; the main process writes, and the others wait until the folder is there.
+
+    Args:
+        bank (`ExpertBank`), route ([`Route`]): As for [`save_mixture`].
+        record (`Mapping[str, Any]`): What `adaptation.json` says, of JSON types.
+        folder (`Path`): Absolute; an earlier expert of a few-shot search there is replaced.
+
+    Raises:
+        ValueError: The folder holds something else.
+    """
+    processes = Processes.launched()
+    problem: list[str] = []
+    if processes.is_main:
+        if not _is_replaceable(folder):
+            problem = [f"{folder} exists and is no expert of a few-shot search; choose a new folder."]
+        else:
+            with replaced_folder(folder) as staging:
+                save_mixture(bank, route, staging)
+                text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+                (staging / ADAPTATION_FILE).write_text(text, "utf-8")
+                make_readable(staging)
+    if problem := processes.gather(problem):
+        raise ValueError(problem[0])
+
+
+def _is_replaceable(folder: Path) -> bool:
+    if not folder.exists():
+        return True
+    return folder.is_dir() and (not any(folder.iterdir()) or (folder / ADAPTATION_FILE).is_file())
 
 
 @torch.no_grad()

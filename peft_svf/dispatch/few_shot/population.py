@@ -12,8 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from peft_svf.answering import AnswerGenerator, Processes, ScoredAnswer, judge_answers
-from peft_svf.dispatch.few_shot.examples import IMAGE_COLUMNS
+from peft_svf.answering import AnswerGenerator, Processes, ScoredAnswer, image_column, judge_answers
 from peft_svf.dispatch.few_shot.optimizer import Fitness
 from peft_svf.dispatch.route import Route
 
@@ -57,12 +56,12 @@ class Population:
     answer whenever it is asked.
 
     Args:
-        generator ([`AnswerGenerator`]): The bank's, with `routed`.
+        generator ([`AnswerGenerator`]): With the bank of the candidates' experts.
         examples (`Dataset`): M rows with `prompt` and the columns that the reward needs.
         reward (`Callable`): A reward function in TRL's signature; an answer is right if its reward is positive.
         batch_size (`int`, *optional*, defaults to 256):
-            At most so many answers at once. A batch that does not fit is halved, and the next population starts with
-            halves.
+            Answers generated at once, at most. A batch that does not fit is halved, and the next population starts
+            with halves.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class Population:
         self.processes = Processes.launched()
         self.prompts: list[Any] = list(examples["prompt"])
         self.texts = [generator.render(prompt) for prompt in self.prompts]
-        column = next((name for name in IMAGE_COLUMNS if name in examples.column_names), None)
+        column = image_column(examples.column_names)
         self.images = None if column is None else list(examples[column])
         self._verdicts: dict[tuple[int, str], bool] = {}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_svf.dispatch.few_shot.optimizer import Fitness, OptimizerState
+from peft_svf.experts.files import replace_file
 
 
 FORMAT = 1
@@ -122,9 +122,8 @@ class SearchFolder:
             "tensors": name,
             "numbers": {key: value for key, value in state.items() if not isinstance(value, Tensor)},
         }
-        partial = self.path / f".partial-{FILE_NAME}"
-        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, self.path / FILE_NAME)
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        replace_file(self.path / FILE_NAME, lambda partial: partial.write_text(text, "utf-8"))
         for old in self.path.glob("generation-*.safetensors"):
             if old.name != name:
                 with contextlib.suppress(OSError):  # litter does no harm

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from PIL import Image
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_svf import ExpertBank
+from peft_svf import ExpertBank, SVFConfig
 from peft_svf.cli import main
 from peft_svf.dispatch.few_shot import (
     Adaptation,
@@ -116,6 +116,7 @@ def test_cross_validation_chooses_and_searches_are_seeded_and_resumed(
     assert [score.space for score in result.cross_validation.scores] == spaces
     assert result.search.space == result.cross_validation.chosen
     assert "2-fold cross-validation on the examples alone" in result.statement
+    assert "The paper picks its best configuration on test data" in result.statement
     resumed = adapt(tmp_path)
     assert len(calls) == 4 + 1  # no search runs again
     assert resumed.to_dict() == adapt(None).to_dict() == result.to_dict()
@@ -177,6 +178,40 @@ def test_normalized_and_residual_mixtures_are_saved_as_they_are(
     with bank.routed(found.route(["prompt"])):
         expected = bank.model(input_ids=ids).logits
     assert torch.equal(logits_of(found.save_pretrained(tmp_path / "mixture"), ids), expected)
+
+
+@torch.no_grad()
+def test_experts_of_limited_rank_are_never_scaled_as_a_whole(examples: Dataset, task: Task, tmp_path: Path) -> None:
+    ranks = {"one": 4, "two": 6}
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_pretrained(BASE)
+    for name, rank in ranks.items():
+        config = SVFConfig(rank=rank, init_weights=False)
+        model = get_peft_model(model, config, name) if name == "one" else model.add_adapter(name, config) or model
+    bank = ExpertBank(model, AutoTokenizer.from_pretrained(BASE))
+    with pytest.raises(ValueError, match=r"'global-free' is not for these experts: .* only the leading 6 are adapted"):
+        FewShotDispatcher(bank, examples, task=task, configurations=one(tuple(ranks), normalized=False))
+    options: Any = {"settings": dataclasses.replace(QUICK, iterations=1), "folds": 2, "validation_iterations": 1}
+    dispatcher = FewShotDispatcher(bank, examples, odd, 1, **options)
+    assert [space.name for space in dispatcher.configurations] == [
+        "global-normalized",
+        "global-free-residual",
+        "grouped-normalized",
+        "grouped-free-residual",
+    ]
+    dispatcher.adapt(progress=False)
+    ids = torch.arange(5, 45)[None]
+    with bank.routed(dispatcher.route(["prompt"])):
+        expected = model(input_ids=ids).logits
+    assert torch.equal(logits_of(dispatcher.save_pretrained(tmp_path / "mixture"), ids), expected)
+
+
+def test_configurations_of_one_name_are_kept_apart(bank: ExpertBank, examples: Dataset, tmp_path: Path) -> None:
+    spaces = [*one(groups=bank.layer_groups()), *one(groups=bank.matrix_groups())]
+    options: Any = {"settings": dataclasses.replace(QUICK, iterations=1), "folds": 2}
+    FewShotDispatcher(bank, examples, odd, 1, configurations=spaces, **options).adapt(tmp_path, progress=False)
+    folders = {path.name for path in tmp_path.iterdir()}
+    assert {f"grouped-normalized{own}-fold-{fold}" for own in ("", "-2") for fold in (0, 1)} < folders
 
 
 def test_what_was_found_is_written_down(adapted: FewShotDispatcher, saved: Path, examples: Dataset) -> None:
@@ -264,6 +299,7 @@ def test_names_in_place_of_objects_are_refused(bank: ExpertBank, task: Task, exa
 def test_unusable_arguments_are_named(bank: ExpertBank, task: Task, examples: Dataset) -> None:
     lonely = ExpertBank(bank.model, bank.tokenizer, {"math": bank.experts["math"]})
     empty = ExpertBank(bank.base_model, bank.tokenizer, {})
+    crowded = SearchSettings(population=3, elite_ratio=0.7, include_experts=True)
     for its_bank, options, message in (
         (lonely, {"task": task}, "at least two experts, but the bank has only 'math'"),
         (empty, {"task": task}, "at least two experts, but the bank has none"),
@@ -272,12 +308,19 @@ def test_unusable_arguments_are_named(bank: ExpertBank, task: Task, examples: Da
         (bank, {"task": task, "configurations": []}, "`configurations` is empty"),
         (bank, {"task": task, "configurations": one(("math", "poetry"))}, "Unknown expert 'poetry'"),
         (bank, {"task": task, "validation_iterations": 0}, "iterations must be a whole number"),
+        (bank, {"task": task, "folds": 1}, "at least 2 examples and 2 folds, got 4 and 1"),
+        (bank, {"task": task, "settings": crowded}, "has no room for 3 single experts"),
     ):
         with pytest.raises(ValueError, match=message):
             FewShotDispatcher(its_bank, examples, **options)
-    with pytest.raises(ValueError, match="One example cannot choose between configurations"):
+    with pytest.raises(ValueError, match="with a single example choose the configuration yourself"):
         FewShotDispatcher(bank, examples.select([0]), task=task)
     dispatcher = FewShotDispatcher(bank, examples, task=task)
     for use in (lambda: dispatcher.route(["a"]), lambda: dispatcher.save_pretrained("x"), lambda: dispatcher.weights):
         with pytest.raises(RuntimeError, match=r"call `adapt\(\)` first"):
             use()
+
+
+def test_a_single_prompt_is_not_routed_letter_by_letter(adapted: FewShotDispatcher) -> None:
+    with pytest.raises(TypeError, match=r"pass \[prompt\]"):
+        adapted.route("What?")

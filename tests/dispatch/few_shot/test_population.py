@@ -55,7 +55,7 @@ def population_of(
     max_new_tokens: int | None = None,
 ) -> Any:
     length = max_new_tokens or task.max_new_tokens
-    generator = AnswerGenerator(bank.model, bank.tokenizer, length, 0.0, {}, bank.routed)
+    generator = AnswerGenerator(bank.model, bank.tokenizer, length, 0.0, {}, bank)
     return Population(generator, examples, reward or task.reward, batch_size)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from peft_svf.trainers.files import replace_file
+from peft_svf.experts.files import replace_file
 from peft_svf.trainers.logs.learning_curve import (
     column_order,
     read_learning_curve,
