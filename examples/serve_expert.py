@@ -100,4 +100,7 @@ def save_merged(model: Any, tokenizer: Any, expert: str, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(str(error)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import GenerationConfig, TextGenerationPipeline
@@ -92,6 +93,11 @@ class Transformer2Pipeline(RoutingMixin, ContextMixin, TextGenerationPipeline): 
             iterator over such lists for a dataset or a generator.
         """
         return super().__call__(check_inputs(text_inputs), **kwargs)
+
+    def _read_request(self, inputs: Any) -> tuple[Any, Any]:
+        if isinstance(inputs, Mapping) and inputs.get("images") is not None:
+            raise ValueError("This pipeline reads no images; use pipeline('transformer2-image-text-to-text').")
+        return super()._read_request(inputs)
 
     def _preprocess_prompt(self, prompt: str | Chat, **kwargs: Any) -> Any:
         continues = kwargs.get("continue_final_message")

@@ -113,6 +113,11 @@ def test_a_route_that_does_not_fit_the_bank_is_refused(pipe, route, expected):
         pipe("x")
 
 
+def test_images_are_not_silently_left_out(pipe):
+    with pytest.raises(ValueError, match="reads no images; use pipeline"):
+        pipe({"text": "What is this?", "images": ["a.png"]})
+
+
 def test_a_misspelt_generation_argument_is_still_refused(pipe):
     with pytest.raises((ValueError, TypeError), match="max_new_tokenz"):
         pipe("x", max_new_tokenz=3)

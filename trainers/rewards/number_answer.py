@@ -35,6 +35,9 @@ _JOINED = re.compile(
     re.IGNORECASE,
 )
 _IS_RESULT = re.compile(r"=\s?(?:[A-Z]{0,3}[$€£]\s?|\*\*)?$")
+_CONCLUDES = re.compile(
+    r"(?<![A-Za-z])(?:so|thus|therefore|hence)[,:]?\s+(?:[A-Z]{0,3}[$€£]\s?|\*\*)?$", re.IGNORECASE
+)
 
 
 def stated_numbers(completion: str, prompt: str = "") -> list[Quantity]:
@@ -42,9 +45,9 @@ def stated_numbers(completion: str, prompt: str = "") -> list[Quantity]:
     The final answer of a completion, as numbers.
 
     The last statement that holds a number counts: `#### 42`, `\\boxed{42}`, `<answer>42</answer>`, "The answer is 42",
-    "**Answer:** $42". Without any statement it is the result of the last equation, or else the last number, of the
-    last sentence that is no remark on the solution itself, so that "It costs 42 dollars. I used 2 steps." states 42.
-    A text that ends in a question, or in a sentence copied from the prompt, states nothing.
+    "**Answer:** $42". Without any statement it is what the last sentence that is no remark on the solution itself ends
+    in ("2+1=3, so 31"), or else the result of its last equation, or else its last number: "It costs 42 dollars. I used
+    2 steps." states 42. A text that ends in a question, or in a sentence copied from the prompt, states nothing.
 
     Args:
         completion (`str`): What the model wrote, without the prompt.
@@ -119,6 +122,8 @@ def _in_last_sentence(completion: str, prompt: str) -> list[Quantity]:
     if not found:
         return []
     results = [i for i, number in enumerate(found) if _IS_RESULT.search(text, 0, number.start)]
+    if _CONCLUDES.search(text, 0, found[-1].start) and _nothing_else(text, found):
+        results.append(len(found) - 1)
     last = results[-1] if results else len(found) - 1
     stated = found[last].quantity
     if stated is None or _NEGATED.search(text[max(0, found[last].start - 12) : found[last].start]):

@@ -17,6 +17,7 @@ from peft_svf.trainers.tasks.task import DataFiles, Task
 
 
 DEFAULT_ROWS = 1000
+MOST_ROWS = 100_000  # takes seconds; a slip of the finger should not take hours
 STATED_NUMBER = re.compile(r"\bso (-?\d+)\s*$")
 STATED_LETTER = re.compile(r"\bso ([A-E])\s*$")
 
@@ -75,6 +76,8 @@ def _load(
     if data_files is not None:
         raise ValueError(f"playground-{family} is generated, not read: remove `data_files`, or choose another task")
     rows = DEFAULT_ROWS if n is None else n
+    if rows > MOST_ROWS:
+        raise ValueError(f"`n` is {rows}, but no more than {MOST_ROWS} rows of playground-{family} are made at once")
     check_batch_size(f"playground-{family}", split, rows, batch_size)
     return Dataset.from_list([_row(problem) for problem in generate_problems(family, split, rows, seed)])
 

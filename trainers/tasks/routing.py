@@ -113,7 +113,7 @@ class RoutingLoader:
         files = _checked_files(data_files, sources)
         pools: dict[str, list[list[dict[str, Any]]]] = {}  # label: the rows of each of its sources
         for source in sources:
-            rows = source.load(split, data_files=files.get(source.name))
+            rows = _load(source, split, files.get(source.name))
             rows = draw(source.name, split, rows, len(rows), seed)  # all of them, shuffled
             pools.setdefault(source.label, []).append(_rows(source, rows, ask))
         turns = {label: list(_in_turn(pool)) for label, pool in pools.items()}
@@ -155,6 +155,15 @@ class _Asker:
         if self.template is None:
             return [{"role": "system", "content": self.instruction}, *user_prompt(text)]
         return self.template.messages(text) if self.template.is_chat else self.template.render(text)
+
+
+def _load(source: Task, split: str, files: DataFiles | None) -> Dataset:
+    try:
+        return source.load(split, data_files=files)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}\nThe task routing takes each source's files by its name: data_files={{'{source.name}': ...}}"
+        ) from error
 
 
 def _rows(source: Task, rows: Dataset, ask: _Asker) -> list[dict[str, Any]]:

@@ -8,6 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_svf.playground import generate_problems
+from peft_svf.trainers.rewards import number_reward
+from peft_svf.trainers.rewards.number_answer import stated_numbers
 from peft_svf.trainers.rewards.numbers import Quantity, find_numbers, parse_number, plain
 
 
@@ -141,3 +144,22 @@ def test_units_and_percent(stated: str, gold: str, equal: bool) -> None:
     one, other = parse_number(stated), parse_number(gold)
     assert one is not None and other is not None
     assert one.equals(other) is equal
+
+
+@pytest.mark.parametrize(
+    ("completion", "value"),
+    [
+        ("3+8=11, 2+1+1=4, so 41", 41),
+        ("2+1=3, so 31 apples.", 31),
+        ("3*4=12, thus, $13", 13),
+        ("5*3=15, so 3 boxes hold 15", 15),  # the conclusion does not begin with its number
+        ("5*3=15, so not 16", 15),
+    ],
+)
+def test_a_conclusion_after_an_equation_is_the_answer(completion: str, value: int) -> None:
+    assert [quantity.value for quantity in stated_numbers(completion)] == [value]
+
+
+def test_the_careful_answers_of_the_playground_are_read_as_they_are_meant() -> None:
+    for problem in generate_problems("math", "test", 50):
+        assert number_reward([problem.careful], answer=[problem.answer]) == [1.0]
