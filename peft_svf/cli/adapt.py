@@ -163,7 +163,9 @@ def search_and_save(dispatcher: FewShotDispatcher, arguments: argparse.Namespace
     folder = arguments.state or default_state(arguments.output)
     found = search(dispatcher, folder)
     if not found.adapted:
-        raise ValueError(f"{found.statement} Nothing was saved; the search is in {folder}.")
+        if PartialState().is_main_process and arguments.state is None:
+            remove_search(folder)  # better examples are another search
+        raise ValueError(f"{found.statement} Nothing was saved.")
     dispatcher.save_pretrained(arguments.output)
     if PartialState().is_main_process:
         print_mixture(found, len(dispatcher.examples))

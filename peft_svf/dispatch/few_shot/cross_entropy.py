@@ -68,7 +68,7 @@ class CrossEntropyMethod:
         if not 2 <= self.elites <= population:
             raise ValueError(
                 f"elite_ratio={elite_ratio} of a population of {population} makes {self.elites} elites: at least 2 "
-                f"and at most {population} are needed; change elite_ratio or population."
+                f"and at most {population} are needed; take a larger population or another elite_ratio."
             )
         if not 0 <= smoothing < 1 or tolerance < 0:
             raise ValueError(f"smoothing must be in [0, 1) and tolerance >= 0, got {smoothing} and {tolerance}.")
