@@ -28,27 +28,12 @@ from peft_svf.dispatch.few_shot.examples import as_examples, prompt_hash, row_ha
 from peft_svf.dispatch.few_shot.population import Population
 from peft_svf.playground import BANK_FOLDER
 from peft_svf.trainers.evaluation import evaluate
-from peft_svf.trainers.tasks import Task, get_task
+from peft_svf.trainers.tasks import Task
 
 
 EXPERTS = ("math", "code", "reasoning")
 BASE = BANK_FOLDER / "base"
 QUICK = SearchSettings(iterations=2, population=6, elite_ratio=0.4)
-
-
-@pytest.fixture(scope="module")
-def bank() -> ExpertBank:
-    return ExpertBank.from_pretrained(BANK_FOLDER)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return get_task("playground-reasoning")
-
-
-@pytest.fixture(scope="module")
-def examples(task: Task) -> Dataset:
-    return task.load("train", 4)
 
 
 def one(experts: tuple[str, ...] = EXPERTS, **options: Any) -> list[MixtureSpace]:

@@ -22,28 +22,12 @@ from peft_svf.answering import AnswerGenerator
 from peft_svf.dispatch import Route
 from peft_svf.dispatch.few_shot import Fitness, MixtureSpace
 from peft_svf.dispatch.few_shot.population import Outcomes, Population
-from peft_svf.playground import BANK_FOLDER
 from peft_svf.trainers.evaluation import evaluate
 from peft_svf.trainers.tasks import Task, get_task
 from peft_svf.tuner.layer import SVFLayer
 
 
 EXPERTS = ("math", "code", "reasoning")
-
-
-@pytest.fixture(scope="module")
-def bank() -> ExpertBank:
-    return ExpertBank.from_pretrained(BANK_FOLDER)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return get_task("playground-reasoning")
-
-
-@pytest.fixture(scope="module")
-def examples(task: Task) -> Dataset:
-    return task.load("train", 4)
 
 
 def population_of(
