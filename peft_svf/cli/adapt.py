@@ -177,6 +177,8 @@ def search_and_save(dispatcher: FewShotDispatcher, arguments: argparse.Namespace
 
 def search(dispatcher: FewShotDispatcher, folder: Path) -> Adaptation:
     """The search, which goes on from `folder`; Ctrl-C ends it with what to do next instead of a traceback."""
+    if PartialState().is_main_process and any(folder.glob("*/search.json")):
+        print(f"Going on with the search in {folder}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No candidate answered")  # it becomes an error

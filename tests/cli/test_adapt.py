@@ -76,9 +76,11 @@ def test_an_interrupted_search_goes_on_to_the_same_mixture(
     monkeypatch.setattr(Population, "outcomes", interrupted)
     with pytest.raises(SystemExit, match="130"):
         main([*SMALL, "--output", str(resumed)])
-    assert f"the same command goes on from {resumed}.search" in capsys.readouterr().err
+    first = capsys.readouterr()
+    assert f"the same command goes on from {resumed}.search" in first.err and "Going on with" not in first.out
     assert not resumed.exists() and Path(f"{resumed}.search").is_dir()
     assert main([*SMALL, "--output", str(resumed)]) == 0
+    assert f"Going on with the search in {resumed}.search" in capsys.readouterr().out
     assert calls == 4  # one generation before, one after, and the references
     assert weights_of(resumed) == weights_of(whole)
     assert not Path(f"{resumed}.search").exists()
