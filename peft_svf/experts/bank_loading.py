@@ -24,6 +24,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from peft_svf.experts.bank_config import BASE_FOLDER, VISION_LANGUAGE, BankConfig, ExpertBankError
+from peft_svf.tuner.adapted import wrapping_modules
+from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.rollback import Rollback
 
 
@@ -129,9 +131,11 @@ def _put_into(model: PreTrainedModel | PeftModel, folder: Path, name: str) -> Pe
 
 
 def _check_finite(model: PeftModel, name: str) -> None:
-    for parameter_name, parameter in model.named_parameters():
-        if f".svf_offset.{name}." in parameter_name and not (parameter.is_meta or torch.isfinite(parameter).all()):
-            raise ValueError(f"{parameter_name} has values that are not finite; train or save the expert again")
+    for layer in wrapping_modules(model.get_base_model()):
+        if isinstance(layer, SVFLayer) and name in layer.svf_offset:
+            values = layer.svf_offset[name].get_parameter("weight")
+            if not (values.is_meta or torch.isfinite(values).all()):
+                raise ValueError(f"'{layer.svf_name}' has offsets that are not finite; train or save the expert again")
 
 
 @contextmanager

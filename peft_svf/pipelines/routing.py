@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import Chat
 
 from peft_svf.dispatch import Dispatcher, as_dispatcher
 from peft_svf.dispatch.route import MIXTURE, Prompt, Route
-from peft_svf.experts.bank import BASE_LABEL, ExpertBank
+from peft_svf.experts.bank import ExpertBank
 from peft_svf.pipelines.requests import Pinned, Request, check_pinned, check_prompt, pinned_route
 from peft_svf.pipelines.row_groups import join_rows, take_rows
 from peft_svf.pipelines.saving import save_pipeline, saved_dispatcher
@@ -212,7 +212,7 @@ class RoutingMixin:
 
 def _adaptations(route: Route) -> list[dict[str, Any]]:
     """What the records of each row say about its route."""
-    names = route.names() if route.experts else [BASE_LABEL] * len(route)
+    names = route.names()
     adaptations: list[dict[str, Any]] = [
         {"expert": name, "scores": scores} for name, scores in zip(names, route.scores, strict=True)
     ]
