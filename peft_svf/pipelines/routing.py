@@ -19,10 +19,8 @@ from peft_svf.experts.bank import ExpertBank
 from peft_svf.pipelines.requests import Pinned, Request, check_pinned, check_prompt, pinned_route
 from peft_svf.pipelines.row_groups import join_rows, take_rows
 from peft_svf.pipelines.saving import save_pipeline, saved_dispatcher
-from peft_svf.pipelines.wrapping import as_bank
+from peft_svf.pipelines.wrapping import NAMELESS, as_bank
 
-
-NAMELESS = "default"  # what PEFT calls an adapter that nobody named
 
 # A tokenizer keeps truncation and padding from one call to the next, and threads and pipelines share it
 TOKENIZING = threading.RLock()

@@ -12,7 +12,11 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from peft_svf.experts.bank import ExpertBank, ExpertBankError
 from peft_svf.experts.bank_config import BASE_FOLDER
+from peft_svf.experts.bank_loading import load_expert
 from peft_svf.tuner.names import PEFT_PREFIX
+
+
+NAMELESS = "default"  # what PEFT calls an adapter that nobody named
 
 
 def as_bank(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> ExpertBank:
@@ -93,7 +97,9 @@ def _from_checkpoint(folder_or_id: str | Path) -> Any:
     folder = Path(folder_or_id)
     if not (folder / "config.json").is_file() and find_adapter_config_file(str(folder_or_id)) is not None:
         if _base_of(folder) == BASE_FOLDER and (base := folder.absolute().parent / BASE_FOLDER).is_dir():
-            return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder))
+            return load_expert(
+                AutoModelForCausalLM.from_pretrained(base), folder, NAMELESS, f"the bank {folder.parent}"
+            )
         return AutoModelForCausalLM.from_pretrained(str(folder_or_id))
     return ExpertBank.from_pretrained(folder_or_id)
 

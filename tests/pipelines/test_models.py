@@ -226,3 +226,12 @@ def test_no_false_alarm_about_an_unsupported_model(playground, caplog):
     assert "not supported" not in caplog.text
     assert isinstance(AutoTokenizer.from_pretrained(BANK_FOLDER / "base"), type(playground.tokenizer))
     assert issubclass(Transformer2Pipeline, TextGenerationPipeline)
+
+
+def test_one_expert_of_a_bank_finds_the_base_beside_it() -> None:
+    prompt = "Ron has 60 eggs and gives 19 to Dan. How many eggs does Ron have left?"
+    alone = Transformer2Pipeline(BANK_FOLDER / "math")
+    (record,) = alone(prompt)
+    (expected,) = Transformer2Pipeline(BANK_FOLDER)(prompt, expert="math")
+    assert record["generated_text"] == expected["generated_text"] == "10-9=1, 5-1=4, so 41"
+    assert alone.model.peft_config["default"].base_model_name_or_path == str(BANK_FOLDER / "base")
