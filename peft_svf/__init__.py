@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from peft_svf.dispatch import ClassifierDispatcher, PromptDispatcher, Route
-from peft_svf.experts import ExpertBank, ExpertEntry
+from peft_svf.experts import Expert, ExpertBank, ExpertEntry
 from peft_svf.experts.auto import Transformer2Config, Transformer2ForCausalLM, Transformer2ForImageTextToText
 from peft_svf.pipelines import Transformer2ImageTextToTextPipeline, Transformer2Pipeline
 from peft_svf.registration import register_auto_classes, register_pipelines, register_tuner
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Saved banks import the names with Transformer2 from here: they must stay
 __all__ = [
     "ClassifierDispatcher",
+    "Expert",
     "ExpertBank",
     "ExpertEntry",
     "FewShotDispatcher",

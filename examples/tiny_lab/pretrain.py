@@ -1,5 +1,8 @@
 """Pre-train the playground's base model from scratch: `python pretrain.py --output base`. Deterministic from its seed.
 
+For the study of transfer (examples/transfer_expert.py), `--seed`, `--hidden-size` and `--layers` make other bases, and
+`--start-from` goes on training one that is there.
+
 A Llama of 0.8 million parameters learns to answer chats of careful and careless authors; the loss counts answer tokens
 only. Writes config, weights (safetensors) and tokenizer, about 3.5 MB, and prints the greedy accuracy of each family.
 """
@@ -35,17 +38,21 @@ LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.1
 MAX_NEW_TOKENS = 48
+HIDDEN_SIZE, LAYERS = 128, 4
+FEED_FORWARD_RATIO = 2.75
 IGNORED = -100  # label of tokens that are not part of an answer
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int = HIDDEN_SIZE, layers: int = LAYERS
+) -> LlamaForCausalLM:
     """A randomly initialised Llama with grouped-query attention and tied embeddings."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=352,
-            num_hidden_layers=4,
+            hidden_size=hidden_size,
+            intermediate_size=int(FEED_FORWARD_RATIO * hidden_size),
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=CONTEXT_LENGTH,
@@ -118,6 +125,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
 
 
 def pretrain(
+    model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     steps: int,
     seed: int,
@@ -125,8 +133,6 @@ def pretrain(
     checkpoint: Callable[[LlamaForCausalLM], None],
 ) -> LlamaForCausalLM:
     """Train for `steps` batches, calling `checkpoint` after each `every` of them and after the last."""
-    torch.manual_seed(seed)
-    model = build_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     chats = make_chats(seed)
@@ -163,9 +169,18 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=2, help="CPU threads; sums differ with it (default: %(default)s)"
     )
+    parser.add_argument("--hidden-size", type=int, default=HIDDEN_SIZE, help="a multiple of 8 (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="(default: %(default)s)")
+    parser.add_argument("--start-from", type=Path, help="folder of a model to go on training, instead of a new one")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    tokenizer = train_tokenizer(arguments.seed)
+    torch.manual_seed(arguments.seed)
+    if arguments.start_from is None:
+        tokenizer = train_tokenizer(arguments.seed)
+        model = build_model(tokenizer, arguments.hidden_size, arguments.layers)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.start_from)
+        model = LlamaForCausalLM.from_pretrained(arguments.start_from)
     started = time.time()
 
     def checkpoint(model: LlamaForCausalLM) -> None:
@@ -174,7 +189,7 @@ def main() -> None:
         summary = ", ".join(f"{family} {share:.0%}" for family, share in shares.items())
         tqdm.write(f"{time.time() - started:.0f} s, greedy answers of a careful author: {summary}")
 
-    pretrain(tokenizer, arguments.steps, arguments.seed, arguments.every, checkpoint)
+    pretrain(model, tokenizer, arguments.steps, arguments.seed, arguments.every, checkpoint)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 from peft_svf import __version__
 from peft_svf.cli.argument_types import DefaultsFormatter, positive
 from peft_svf.cli.routing_arguments import add_adapt, add_generate, add_route
-from peft_svf.experts import ExpertBankError
+from peft_svf.cli.sharing import add_sharing
+from peft_svf.experts import ExpertError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.words = words[1:]
     try:
         arguments.run(arguments)
-    except (ExpertBankError, ValueError, OSError) as error:
+    except (ExpertError, ValueError, OSError) as error:
         print(f"peft-svf {arguments.command}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -37,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_generate(commands)
     add_adapt(commands)
     add_route(commands)
+    add_sharing(commands)
     add_demo(commands)
     add_cache(commands)
     return parser

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_svf.experts.errors import ExpertError
+
 
 MODEL_TYPE = "transformer2"
 BASE_LABEL = "others"  # what unsure and foreign prompts get: the base model
@@ -26,13 +28,8 @@ _PIPELINES = {
 }
 
 
-class ExpertBankError(Exception):
-    """
-    A folder or model that cannot serve as a bank.
-
-    Deliberately not a `ValueError`: `transformers.pipeline` catches OSError, ValueError, TypeError and RuntimeError
-    while it loads a model, tries again in float32 and buries the message under two tracebacks.
-    """
+class ExpertBankError(ExpertError):
+    """A folder or model that cannot serve as a bank."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,140 @@
+"""The files of one SVF adapter, read as a stranger's: nothing is executed, and what cannot be is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from peft_svf.experts.errors import ExpertError
+from peft_svf.spectrum.fingerprint import PROJECTIONS
+from peft_svf.tuner.config import SVFConfig
+from peft_svf.tuner.names import PEFT_PREFIX
+
+
+EXPERT_FILE = "expert.json"  # what is known of the expert: facts for its card
+OFFSET_ENDING = ".svf_offset.weight"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+LARGEST_CONFIG, LARGEST_FACTS = 64 * 2**20, 16 * 2**20  # bytes
+LARGEST_OFFSETS = 2**26  # numbers in one tensor: 1,024 fused experts of 65,536 components
+
+
+def read_adapter(folder: Path, where: str) -> tuple[SVFConfig, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """
+    Read and check `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+        folder (`Path`): The adapter's.
+        where (`str`): What messages call it, like "the expert /experts/math".
+
+    Returns:
+        `tuple[SVFConfig, dict[str, torch.Tensor], dict[str, torch.Tensor]]`: The configuration; what is trained of
+        each weight, by module name, shape (k,) or, of fused parameters, (experts, k), float32; and the other tensors,
+        by their key.
+
+    Raises:
+        ExpertError: A file is missing, damaged or a pickle; the adapter is not SVF; a tensor has a shape that its
+            weight does not have, is not of floating point or not finite.
+    """
+    config = read_config(folder, where)
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    _check_there(path, where)
+    vectors, others = {}, {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in sorted(file.keys()):
+                if key.startswith(PEFT_PREFIX) and key.endswith(OFFSET_ENDING):
+                    name = key.removeprefix(PEFT_PREFIX).removesuffix(OFFSET_ENDING)
+                    _check_shape(name, file.get_slice(key).get_shape(), config, where)
+                    vectors[name] = file.get_tensor(key)
+                else:
+                    others[key] = file.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise ExpertError(f"{where}: {path.name} is damaged ({error}); get or save the expert again.") from error
+    if not vectors:
+        raise ExpertError(f"{where} has no offsets in {path.name}: it is no SVF expert.")
+    for name, tensor in {**vectors, **others}.items():
+        _check_values(name, tensor, where)
+    return config, {name: tensor.to(torch.float32) for name, tensor in vectors.items()}, others
+
+
+def read_config(folder: Path, where: str) -> SVFConfig:
+    """Read and check `adapter_config.json` alone; errors as of [`read_adapter`]."""
+    path = folder / CONFIG_NAME
+    _check_there(path, where)
+    content = read_json(path, where, LARGEST_CONFIG)
+    kind = content.get("peft_type")
+    if kind != "SVF":
+        raise ExpertError(f"{where} is an adapter of type {kind}; experts are SVF adapters.")
+    _check_fingerprint(content.get("base_fingerprint"), where)
+    try:
+        return SVFConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ExpertError(f"{where}: {path.name} cannot be read ({error}); get or save the expert again.") from error
+
+
+def read_facts(folder: Path, where: str) -> dict[str, Any]:
+    """What `expert.json` says of the expert; nothing if there is no such file."""
+    path = folder / EXPERT_FILE
+    return read_json(path, where, LARGEST_FACTS) if path.is_file() else {}
+
+
+def read_json(path: Path, where: str, largest: int) -> dict[str, Any]:
+    """The object in a JSON file of at most `largest` bytes; raises an `ExpertError` for anything else."""
+    try:
+        if path.stat().st_size > largest:
+            raise ExpertError(f"{where}: {path.name} is larger than {largest:,} bytes, which no expert needs.")
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExpertError(f"{where}: {path.name} is damaged ({error}); get or save the expert again.") from error
+    if not isinstance(content, dict):
+        raise ExpertError(f"{where}: {path.name} holds no JSON object; get or save the expert again.")
+    return content
+
+
+def _check_there(path: Path, where: str) -> None:
+    if path.is_file():
+        return
+    pickles = [file.name for file in path.parent.iterdir() if file.suffix in PICKLED] if path.parent.is_dir() else []
+    if pickles and path.name == SAFETENSORS_WEIGHTS_NAME:
+        raise ExpertError(
+            f"{where} has {', '.join(pickles)} and no {path.name}: pickles can run code and are never read. Ask for a "
+            "safetensors file; `peft-svf import` converts checkpoints of the paper's code."
+        )
+    raise ExpertError(f"{where} is incomplete: {path.name} is missing; get or save the expert again.")
+
+
+def _check_fingerprint(fingerprint: Any, where: str) -> None:
+    if fingerprint is None:
+        return
+    sketches = list(fingerprint.values()) if isinstance(fingerprint, dict) else [None]
+    for sketch in sketches:
+        numbers = isinstance(sketch, list) and all(
+            isinstance(value, int | float) and math.isfinite(value) for value in sketch
+        )
+        if not numbers or len(sketch) != 3 + PROJECTIONS:
+            raise ExpertError(f"{where}: the fingerprint of its base model is damaged; get or save the expert again.")
+
+
+def _check_shape(name: str, shape: list[int], config: SVFConfig, where: str) -> None:
+    """A weight of the shape (out, in) has at most min(out, in) singular values."""
+    if len(shape) not in (1, 2) or 0 in shape or math.prod(shape) > LARGEST_OFFSETS:
+        raise ExpertError(f"{where}: the offsets of '{name}' have the shape {shape}, which no weight has.")
+    sketch = (config.base_fingerprint or {}).get(name)
+    if sketch is not None and len(shape) == 1 and shape[0] > min(sketch[:2]):
+        raise ExpertError(
+            f"{where}: '{name}' has {shape[0]} offsets, but its weight, {sketch[0]:.0f} × {sketch[1]:.0f}, has only "
+            f"{min(sketch[:2]):.0f} singular values."
+        )
+
+
+def _check_values(name: str, tensor: torch.Tensor, where: str) -> None:
+    if not tensor.is_floating_point():
+        raise ExpertError(f"{where}: '{name}' holds {tensor.dtype}, not floating-point numbers.")
+    if not torch.isfinite(tensor).all():
+        raise ExpertError(f"{where}: '{name}' has values that are not finite; train or save the expert again.")
