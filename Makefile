@@ -10,7 +10,7 @@ PYTEST_PARALLEL := -n $(PYTEST_WORKERS) --dist loadscope --no-loadscope-reorder
 
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[dev,math,plots,quantization]"
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[dev,math,plots,quantization,space]"
 	touch $@
 
 demo: $(VENV)/.installed  ## train three experts and answer mixed prompts, offline

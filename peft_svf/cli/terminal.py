@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 import unicodedata
-from collections.abc import Sequence
 
+from peft_svf.plots.text_table import table
+
+
+__all__ = ["indented", "one_line", "table", "visible", "with_interval"]
 
 KEPT = "\n\t"
 REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -39,25 +42,6 @@ def one_line(text: str, width: int = 60) -> str:
 def with_interval(share: float, low: float, high: float) -> str:
     """`"47.3 % [41.7, 53.0]"`, of shares in [0, 1]."""
     return f"{100 * share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """
-    Rows of equal length in aligned columns; the first row is the header.
-
-    Args:
-        rows (`Sequence[Sequence[str]]`): The cells.
-        right (`Sequence[int]`, *optional*): Indices of the columns whose cells are aligned to the right.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(("  " + "  ".join(cells)).rstrip())
-    return "\n".join(lines)
 
 
 def _acts(character: str) -> bool:

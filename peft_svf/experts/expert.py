@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peft_svf.experts.adapter_files import EXPERT_FILE, OFFSET_ENDING, read_adapter, read_facts
+from peft_svf.experts.bank_config import BASE_FOLDER
 from peft_svf.experts.bank_loading import expert_folder, load_expert
 from peft_svf.experts.errors import ExpertError
 from peft_svf.experts.files import make_readable, replaced_folder
@@ -108,6 +110,8 @@ class Expert:
                 f"{where} holds logits (parametrization '{config.parametrization}'), which become z only with the "
                 "singular values of its base model: load it with PeftModel.from_pretrained, then Expert.from_model."
             )
+        if config.base_model_name_or_path == BASE_FOLDER and (base := folder.parent / BASE_FOLDER).is_dir():
+            config.base_model_name_or_path = str(base.absolute())  # within the folder of a bank it is called that
         return cls(offsets, config, read_facts(folder, where), others, where)
 
     @classmethod
@@ -138,7 +142,11 @@ class Expert:
                     raise ExpertError(f"The offsets of '{name_in_base(name)}' are not finite; train the expert again.")
                 offsets[name_in_base(name)] = offset
         state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        others = {key: value.detach().cpu().clone() for key, value in state.items() if not key.endswith(OFFSET_ENDING)}
+        others = {
+            PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): value.detach().cpu().clone()
+            for key, value in state.items()
+            if not key.endswith(OFFSET_ENDING)
+        }
         config = copy.deepcopy(live)
         config.parametrization = "offset"
         config.inference_mode = True
@@ -151,14 +159,29 @@ class Expert:
         Args:
             offsets (`Mapping[str, torch.Tensor]`): As in [`Expert`]; float32 is made of them.
             metadata (`Mapping[str, Any]`, *optional*): In place of this expert's.
+
+        Raises:
+            ExpertError: There are none, they are not finite, or the expert adapts fused parameters and these are not
+                of the same modules and shapes: a configuration tells fused parameters apart by the model only.
         """
-        config = copy.deepcopy(self.config)
-        if {name: o.shape for name, o in offsets.items()} != {name: o.shape for name, o in self.offsets.items()}:
-            _describe(offsets, config)
+        config, others = copy.deepcopy(self.config), dict(self.others)
         made = {name: offset.detach().to("cpu", torch.float32) for name, offset in offsets.items()}
-        return replace(
-            self, offsets=made, config=config, metadata=dict(self.metadata if metadata is None else metadata)
-        )
+        if broken := [name for name, offset in made.items() if not torch.isfinite(offset).all()]:
+            raise ExpertError(f"The new offsets of '{broken[0]}' are not finite.")
+        if not made:
+            raise ExpertError("An expert needs offsets of at least one module.")
+        if {name: o.shape for name, o in made.items()} != {name: o.shape for name, o in self.offsets.items()}:
+            if config.target_parameters:
+                raise ExpertError(
+                    f"{self.source} adapts fused parameters ({', '.join(config.target_parameters)}), so other modules "
+                    "or numbers of components than its own cannot be described without the model."
+                )
+            _describe(made, config)
+        if config.save_basis and not _bases_suffice(made, others):
+            config.save_basis = False  # they are then computed from the base model when the expert is loaded
+            others = {key: tensor for key, tensor in others.items() if _SAVED_BASIS not in key}
+        facts = dict(self.metadata if metadata is None else metadata)
+        return replace(self, offsets=made, config=config, metadata=facts, others=others)
 
     def put_into(self, model: nn.Module, adapter_name: str) -> PeftModel:
         """
@@ -201,6 +224,9 @@ class Expert:
         with replaced_folder(target) as staging:
             config = copy.deepcopy(self.config)
             config.inference_mode = True
+            for name in ("target_modules", "exclude_modules"):  # sets, in another order in every process
+                if isinstance(names := getattr(config, name), set):
+                    setattr(config, name, sorted(names))
             config.save_pretrained(str(staging))
             save_file(
                 {key: t.contiguous() for key, t in tensors.items()},
@@ -223,8 +249,11 @@ class Expert:
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write `expert.json` into an existing folder."""
-    text = json.dumps(dict(facts), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """Write `expert.json` into an existing folder; raises an `ExpertError` for what JSON cannot say."""
+    try:
+        text = json.dumps(dict(facts), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ExpertError(f"The facts of an expert must be JSON, without NaN and infinity ({error}).") from error
     (folder / EXPERT_FILE).write_text(text, "utf-8")
 
 
@@ -239,7 +268,15 @@ def _describe(offsets: Mapping[str, torch.Tensor], config: SVFConfig) -> None:
     full = {name: int(min(sketch[:2])) for name, sketch in fingerprint.items()}
     config.target_modules = set(offsets)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = config.rank = None
-    config.rank_pattern = {
-        name: offset.shape[-1] for name, offset in offsets.items() if offset.shape[-1] < full.get(name, 0)
+    config.rank_pattern = {  # "^": PEFT takes patterns for endings, and one module's name may end with another's
+        f"^{re.escape(name)}": offset.shape[-1]
+        for name, offset in offsets.items()
+        if offset.shape[-1] != full.get(name)
     }
     config.base_fingerprint = {name: fingerprint[name] for name in offsets if name in fingerprint}
+
+
+def _bases_suffice(offsets: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the bases that are saved with an expert have a column for each of its offsets."""
+    bases = {name: others.get(f"{PEFT_PREFIX}{name}{_SAVED_BASIS}vectors") for name in offsets}
+    return all(basis is not None and basis.shape[-1] >= offsets[name].shape[-1] for name, basis in bases.items())

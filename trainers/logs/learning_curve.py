@@ -7,12 +7,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from peft_svf.experts.files import replace_file
+from peft_svf.plots.learning_curve_rows import Row, interval_columns, read_learning_curve, rows_by_step
 
 
-Row: TypeAlias = dict[str, float]
+__all__ = ["Row", "column_order", "interval_columns", "read_learning_curve", "rows_by_step", "write_learning_curve"]
 
 FIRST_COLUMNS = (  # what a reader looks for first; all other metrics follow by name
     "step",
@@ -35,24 +36,6 @@ FIRST_COLUMNS = (  # what a reader looks for first; all other metrics follow by 
     "tokens_per_second",
     "step_time",
 )
-SUMMARY = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"}
-
-
-def rows_by_step(log_history: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Merge the entries of each step, as training and evaluation log them one after the other.
-
-    Args:
-        log_history (`Iterable[Mapping[str, Any]]`):
-            `trainer.state.log_history`, or the `log_history` of a `trainer_state.json`.
-
-    Returns:
-        `list[dict[str, float]]`: One row a step, in order, without the summary of the run (`train_runtime`, ...).
-    """
-    rows: dict[int, Row] = {}
-    for entry in log_history:
-        numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float)) and k not in SUMMARY}
-        rows.setdefault(entry["step"], {}).update(numbers)
-    return [rows[step] for step in sorted(rows)]
 
 
 def column_order(rows: Iterable[Row]) -> list[str]:
@@ -62,12 +45,6 @@ def column_order(rows: Iterable[Row]) -> list[str]:
     for name in FIRST_COLUMNS:
         first += [name] * (name in names) + list(interval_columns(name, names).values())
     return first + sorted(names - {*first}, key=_natural)
-
-
-def interval_columns(metric: str, names: Iterable[str]) -> dict[str, str]:
-    """The columns in `names` that hold the interval of `metric`, as `{"low": ..., "high": ...}`, empty if none do."""
-    ends = {end: f"{metric}_{end}" for end in ("low", "high")}
-    return ends if {*ends.values()} <= {*names} else {}
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
@@ -92,17 +69,3 @@ def write_learning_curve(log_history: Iterable[Mapping[str, Any]], path: str | o
             writer.writerows([row.get(name, "") for name in columns] for row in rows)
 
     replace_file(Path(path), write)
-
-
-def read_learning_curve(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a CSV file by [`write_learning_curve`], without the metrics that a step did not log.
-
-    Raises:
-        ValueError: If `path` is not such a file.
-    """
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if "step" not in (reader.fieldnames or ()):
-            raise ValueError(f"{path} is not a learning curve: it has no column `step`.")
-        rows = [{name: float(value) for name, value in row.items() if value} for row in reader]
-    return [{**row, "step": int(row["step"])} for row in rows]

@@ -1,19 +1,18 @@
-"""Pictures of what self-adaptation does: the confusion matrix of a dispatcher (needs the optional extra `plots`)."""
+"""The confusion matrix of a dispatcher."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_svf.experts.files import replace_file
+from peft_svf.plots.canvas import new_figure, plain, save_figure
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CELL_INCHES, MARGIN_INCHES, DPI = 0.85, 1.6, 120
+CELL_INCHES, MARGIN_INCHES = 0.85, 1.6
 DARK = 0.55  # share from which a cell is so dark that its text must be white
 MOST_TEXTS = 25  # labels up to which the cells hold numbers that can be read
 
@@ -37,9 +36,7 @@ def plot_confusion_matrix(
         ImportError: If matplotlib is not installed.
         ValueError: If the counts do not fit the labels, or the format is unknown.
     """
-    figure = confusion_matrix_figure(counts, true_labels, chosen_labels, title)
-    kind = Path(path).suffix.removeprefix(".") or "png"
-    replace_file(Path(path), lambda partial: figure.savefig(partial, format=kind))
+    save_figure(confusion_matrix_figure(counts, true_labels, chosen_labels, title), path)
 
 
 def confusion_matrix_figure(
@@ -62,23 +59,19 @@ def confusion_matrix_figure(
         ImportError: If matplotlib is not installed.
         ValueError: If the counts do not fit the labels, or one is negative, or there is nothing counted.
     """
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no global state, no display
-    except ImportError as error:
-        raise ImportError("A picture needs matplotlib: `pip install peft-svf[plots]`.") from error
     shares = _row_shares(counts, true_labels, chosen_labels)
-    size = (MARGIN_INCHES + CELL_INCHES * len(chosen_labels), MARGIN_INCHES + CELL_INCHES * len(true_labels))
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    width, height = (MARGIN_INCHES + CELL_INCHES * len(labels) for labels in (chosen_labels, true_labels))
+    figure = new_figure(height, width)
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
-    axes.set_xticks(range(len(chosen_labels)), labels=[_plain(label) for label in chosen_labels], rotation=45)
-    axes.set_yticks(range(len(true_labels)), labels=[_plain(label) for label in true_labels])
+    axes.set_xticks(range(len(chosen_labels)), labels=[plain(label) for label in chosen_labels], rotation=45)
+    axes.set_yticks(range(len(true_labels)), labels=[plain(label) for label in true_labels])
     axes.set_xlabel("chosen")
     axes.set_ylabel("true")
     if max(len(true_labels), len(chosen_labels)) <= MOST_TEXTS:
         _write_cells(axes, counts, shares)
     if title:
-        axes.set_title(_plain(title), fontsize=10)
+        axes.set_title(plain(title), fontsize=10)
     return figure
 
 
@@ -101,8 +94,3 @@ def _row_shares(
     if any(count < 0 for row in counts for count in row) or not any(map(any, counts)):
         raise ValueError("`counts` are numbers of prompts: none is negative, and at least one is positive.")
     return [[count / (sum(row) or 1) for count in row] for row in counts]
-
-
-def _plain(text: str) -> str:
-    """Labels are shown as they are: matplotlib would read what stands between dollar signs as a formula."""
-    return text.replace("$", r"\$")

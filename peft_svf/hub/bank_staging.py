@@ -1,0 +1,124 @@
+"""A bank in a folder exactly as it shall be on the Hub: layout B, experts with their cards, the bank's card."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi
+
+from peft_svf.experts.adapter_files import read_facts
+from peft_svf.experts.bank_config import BASE_FOLDER, BankConfig, ExpertBankError
+from peft_svf.experts.errors import HubError
+from peft_svf.hub.base_reference import BaseReference, find_base
+from peft_svf.hub.facts import published_facts
+from peft_svf.hub.layout import PROCESSING
+from peft_svf.hub.staging import copy_expert, finish_expert
+
+
+if TYPE_CHECKING:
+    from peft_svf.experts.bank import ExpertBank
+
+
+def base_of_bank(
+    source: ExpertBank | Path,
+    config: BankConfig | None,
+    given: tuple[str | None, str | None],
+    include_base: bool,
+    api: HfApi,
+) -> tuple[BaseReference, str | None]:
+    """
+    The base model that a bank on the Hub refers to, and where this machine has it.
+
+    Args:
+        source (`ExpertBank` or `Path`): The bank, live or in a folder.
+        config (`BankConfig`, *optional*): That of the folder.
+        given (`tuple[str | None, str | None]`): Hub id and revision from the user.
+        include_base (`bool`): Whether the base model goes along.
+        api (`HfApi`): For the commit of a base model on the Hub.
+
+    Raises:
+        HubError: The base model is not on the Hub and does not go along.
+    """
+    if config is None:
+        live: Any = source
+        loaded = live.base_model.config
+        name = str(loaded._name_or_path) or None
+        candidates = [(name, getattr(loaded, "_commit_hash", None) or live.base_revision)]
+    else:
+        is_inside = (Path(str(source)) / config.base_model_name_or_path).is_dir()
+        name = str(Path(str(source)) / BASE_FOLDER) if is_inside else config.base_model_name_or_path
+        candidates = [(name, config.base_revision)]
+    if include_base:
+        if given[0] is not None:
+            raise HubError("include_base=True puts the base model into the bank, and base_model= refers to one on the "
+                           "Hub: give one of them.")
+        return BaseReference(BASE_FOLDER), name
+    remedy = (
+        "push the base model first (its push_to_hub) and give its id, base_model='user/base' (--base-model), or put it "
+        "into the bank with include_base=True (--include-base)."
+    )
+    return find_base(given, candidates, "the bank", remedy, api), name
+
+
+def stage_bank(source: ExpertBank | Path, folder: Path, base: BaseReference) -> None:
+    """Write what `ExpertBank.save_pretrained` writes into `folder`, referring to `base`; no cards yet."""
+    if not isinstance(source, Path):
+        _stage_live(source, folder, base)
+    elif base.model == BASE_FOLDER and not (source / BASE_FOLDER).is_dir():
+        from peft_svf.experts.bank import ExpertBank  # only now is the base model needed
+
+        _stage_live(ExpertBank.from_pretrained(source), folder, base)
+    else:
+        _copy_bank(source, folder, keeps_base=base.model == BASE_FOLDER)
+    config = BankConfig.read(folder)
+    replace(config, base_model_name_or_path=base.model, base_revision=base.revision).write(folder)
+
+
+def finish_bank(
+    folder: Path, base: BaseReference, given: dict[str, Any], repo_id: str, local_base: str | None
+) -> None:
+    """Complete the staged experts and the bank itself with facts and cards, and read everything back."""
+    from peft_svf.hub_cards import write_bank_card
+
+    config = BankConfig.read(folder)
+    unknown = sorted(set(given) - set(config.adapters))
+    if unknown:
+        raise HubError(f"facts are given for '{unknown[0]}', but the bank's experts are {', '.join(config.adapters)}.")
+    for name in config.adapters:
+        what, entry = f"expert '{name}' of the bank", config.experts.get(name)
+        defaults = {"label": entry.label, "description": entry.description or None} if entry else {}
+        facts = published_facts(read_facts(folder / name, what), given.get(name), name, None, base, defaults)
+        finish_expert(folder / name, base, facts, what, local_base)
+    write_bank_card(folder, {"repo_id": repo_id})
+    BankConfig.read(folder)
+
+
+def _stage_live(bank: ExpertBank, folder: Path, base: BaseReference) -> None:
+    from peft_svf.experts.bank_saving import save_bank
+
+    saved = save_bank(bank, folder, include_base=base.model == BASE_FOLDER, reference=base.model)
+    assert saved == folder
+
+
+def _copy_bank(source: Path, folder: Path, keeps_base: bool) -> None:
+    """Copy a bank's own files, without whatever else lies in its folder."""
+    config = BankConfig.read(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    for name in config.adapters:
+        if not (source / name).is_dir():
+            raise ExpertBankError(f"The bank {source} is incomplete: its expert '{name}' is missing; save it again.")
+        copy_expert(source / name, folder / name)
+    has_own = any((source / file).is_file() for file in PROCESSING)
+    if keeps_base:
+        shutil.copytree(source / BASE_FOLDER, folder / BASE_FOLDER)
+    if has_own or not keeps_base:
+        origin = source if has_own else source / BASE_FOLDER  # the tokenizer that the bank was saved with
+        for pattern in PROCESSING:
+            for path in origin.glob(pattern):
+                target = folder / path.relative_to(origin)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)

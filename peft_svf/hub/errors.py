@@ -1,0 +1,72 @@
+"""What the Hub's refusals and broken connections mean for somebody who pushes, and what to do about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from peft_svf.experts.errors import HubError
+
+
+TOKENS = "https://huggingface.co/settings/tokens"
+LOG_IN = f"log in with `hf auth login`, or set HF_TOKEN to a token with write access from {TOKENS}"
+UNREACHABLE = (httpx.TransportError, ConnectionError, TimeoutError)
+
+
+@contextmanager
+def as_hub_errors(doing: str, note: str = "") -> Iterator[None]:
+    """
+    Raise what fails inside as a `HubError` with the remedy.
+
+    Args:
+        doing (`str`): What was tried, like "push to user/expert".
+        note (`str`, *optional*): What the reader must know besides, like what was made already.
+    """
+    try:
+        yield
+    except HubError:
+        raise
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        raise HubError(f"Cannot {doing}: {_reason(error)}{note}") from error
+
+
+def is_uncertain(error: BaseException) -> bool:
+    """Whether a request may have been carried out although no answer came."""
+    return isinstance(error, UNREACHABLE) or (status_of(error) or 0) >= 500
+
+
+def status_of(error: BaseException) -> int | None:
+    """HTTP status of the Hub's answer; `None` if there was none."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _reason(error: Exception) -> str:
+    status, told = status_of(error), _told(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; unset it to reach the Hub."
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"there is no token; {LOG_IN}."
+    if isinstance(error, UNREACHABLE):
+        return f"the Hub cannot be reached, or the connection broke ({told}); try again, nothing is sent twice."
+    if status == 401:
+        return f"the Hub does not accept the token ({told}); {LOG_IN}."
+    if status == 403:
+        return f"the token may not do this ({told}); use one with write access, and a repository of your own."
+    if status == 404:
+        return f"the Hub has no such repository or branch, or does not show it to you ({told}); check its name."
+    if status in (409, 412):
+        return f"somebody else changed it meanwhile ({told}); try again."
+    if status == 429:
+        return f"too many requests ({told}); wait some minutes and try again."
+    if status is not None and status >= 500:
+        return f"the Hub has a fault ({status}, {told}); try again later, nothing is sent twice."
+    return f"{told}."
+
+
+def _told(error: Exception) -> str:
+    """What the server or the library says, on one line, without the advice that follows it."""
+    text = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:300].rstrip(".")
