@@ -68,6 +68,7 @@ def adapted_modules(names: Iterable[str]) -> str:
     names = list(names)
     kinds = Counter(name.rpartition(".")[2] for name in names)
     layers = {found[1] for name in names if (found := _LAYER.search(f".{name}."))}
-    shown = [*sorted(kinds)[:MOST_KINDS], *([f"and {len(kinds) - MOST_KINDS} more"] if len(kinds) > MOST_KINDS else [])]
+    rest = [f"and {len(kinds) - MOST_KINDS} more"] if len(kinds) > MOST_KINDS else []
+    shown = [*sorted(kinds)[:MOST_KINDS], *rest]
     within = f" in {len(layers)} layer{'s' * (len(layers) != 1)}" if layers else ""
     return f"{', '.join(shown)}{within} ({len(names)} {'matrix' if len(names) == 1 else 'matrices'})"

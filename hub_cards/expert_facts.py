@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from peft_svf.experts.bank_config import BASE_FOLDER
 from peft_svf.hub_cards.results import ExpertResult, result_from_json
 
 
@@ -143,12 +144,12 @@ class ExpertCardData:
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a name has the form of a repository's on the Hub."""
+    """Whether a name has the form of a repository's on the Hub; "base" is the folder of a bank."""
     try:
         validate_repo_id(name)
     except (HFValidationError, TypeError):
         return False
-    return True
+    return name != BASE_FOLDER
 
 
 def _without_none(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def _without_none(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if value is not None and value is not False}
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------------------------
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"it must be a text, not {value!r:.80}")

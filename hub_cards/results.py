@@ -149,7 +149,7 @@ def _benchmark(value: Any, task: str) -> Benchmark | None:
     )
 
 
-# -- for people --------------------------------------------------------------------------------------------------------
+# -- for people ------------------------------------------------------------------------------------------------------
 def result_cells(result: ExpertResult) -> dict[str, str]:
     """The cells of a result's row in a table."""
     return {
@@ -201,7 +201,7 @@ def cautions(results: Sequence[ExpertResult]) -> list[str]:
     return found
 
 
-# -- for the Hub -------------------------------------------------------------------------------------------------------
+# -- for the Hub -----------------------------------------------------------------------------------------------------
 def leaderboard_entries(results: Sequence[ExpertResult]) -> dict[str, list[EvalResultEntry]]:
     """
     Entries for `.eval_results/<task>.yaml`, by task: of benchmarks whose data set keeps a leaderboard.

@@ -9,7 +9,7 @@ from peft_svf.dispatch import ClassifierDispatcher, PromptDispatcher, Route
 from peft_svf.experts import Expert, ExpertBank, ExpertEntry
 from peft_svf.experts.auto import Transformer2Config, Transformer2ForCausalLM, Transformer2ForImageTextToText
 from peft_svf.pipelines import Transformer2ImageTextToTextPipeline, Transformer2Pipeline
-from peft_svf.registration import register_auto_classes, register_pipelines, register_tuner
+from peft_svf.registration import register_auto_classes, register_pipelines, register_push, register_tuner
 from peft_svf.tuner import SVFConfig, SVFModel
 
 
@@ -40,6 +40,7 @@ __version__ = version("peft-svf")
 register_tuner()
 register_auto_classes()
 register_pipelines()
+register_push()
 
 
 def __getattr__(name: str) -> Any:

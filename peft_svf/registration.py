@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from peft import PeftType
+from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -73,6 +74,29 @@ def register_pipelines() -> None:
     for pipeline_class in (Transformer2Pipeline, Transformer2ImageTextToTextPipeline):
         # It would make Pipeline.save_pretrained write `custom_pipelines` and copies of our code into users' folders
         delattr(pipeline_class, "_registered_impl")
+
+
+def register_push() -> None:
+    """
+    Let `push_to_hub` of a `PeftModel` with SVF adapters make the repository that [`~peft_svf.hub.push_expert`] makes.
+
+    The original would upload a stock card, folders of this machine and, of the card, only what PEFT knows. It still
+    serves all other models. Does nothing the second time.
+    """
+    original: Any = PeftModel.push_to_hub
+    if hasattr(original, "pushes_svf"):
+        return
+
+    @functools.wraps(original)
+    def push_to_hub(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if any(config.peft_type != PeftType.SVF for config in self.peft_config.values()):
+            return original(self, repo_id, *args, **kwargs)
+        from peft_svf.hub.peft_push import push_model
+
+        return push_model(self, repo_id, *args, **kwargs)
+
+    push_to_hub.pushes_svf = True  # type: ignore[attr-defined]
+    PeftModel.push_to_hub = push_to_hub
 
 
 class _NoDefault(dict):

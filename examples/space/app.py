@@ -33,7 +33,6 @@ LIMITS: dict[str, Any] = {
     "concurrency_id": "model",
     "concurrency_limit": AT_ONCE,
     "api_visibility": "private",
-    "show_progress": "minimal",
 }
 HINT = "Type a prompt; Enter answers it"
 ANNOUNCE = """() => {
@@ -76,12 +75,12 @@ def serve(answerer: Answerer, name: str, host: str | None, port: int | None, blo
     """Start the web server; with `block=False` return while it runs."""
     blocks = layout(answerer, name)
     blocks.queue(max_size=QUEUE, api_open=False)
-    blocks.launch(
+    _, url, _ = blocks.launch(
         server_name=host,
         server_port=port,
         share=False,
-        quiet=not block,
-        prevent_thread_lock=not block,
+        quiet=True,  # it advertises share=True
+        prevent_thread_lock=True,
         theme=theme(),
         css=page.STYLE,
         footer_links=[],
@@ -90,6 +89,9 @@ def serve(answerer: Answerer, name: str, host: str | None, port: int | None, blo
         pwa=False,
         mcp_server=False,
     )
+    print(f"The app answers at {url}", flush=True)
+    if block:
+        blocks.block_thread()
     return blocks
 
 
@@ -105,8 +107,9 @@ def theme() -> gr.themes.Base:
     ).set(
         body_background_fill="#f6f7f9",
         body_background_fill_dark="#0e1116",
-        block_label_text_color="#1f2733",
-        block_label_text_color_dark="#e6eaf0",
+        block_background_fill_dark="#171c24",
+        block_info_text_color="#515b69",
+        input_background_fill_dark="#0e1116",
         button_primary_background_fill="#1d4ed8",
         button_primary_background_fill_hover="#1e40af",
         button_primary_background_fill_dark="#1d4ed8",
@@ -120,14 +123,16 @@ def theme() -> gr.themes.Base:
 def layout(answerer: Answerer, name: str) -> gr.Blocks:
     """The page: a prompt, what the first pass says, both answers, and the knobs."""
     bank = answerer.bank
+    prompts = example_prompts(bank)
+    expected = answerer.measure(prompts[0] if prompts else "Hello!")
     with gr.Blocks(title=f"Transformer²: {name}", analytics_enabled=False) as blocks:
-        gr.HTML(page.introduction(bank, name))
+        gr.HTML(page.introduction(bank, name, expected))
         with gr.Row(elem_id="question"):
             prompt = gr.Textbox(label="Prompt", placeholder=HINT, lines=1, max_lines=8, scale=8, elem_id="prompt")
             button = gr.Button("Answer", variant="primary", scale=1, min_width=110, elem_id="answer")
         message = gr.HTML("", elem_id="message")
         with gr.Row(elem_id="examples"):
-            examples = [gr.Button(text, size="sm", min_width=40) for text in example_prompts(bank)]
+            examples = [gr.Button(text, size="sm", min_width=40) for text in prompts]
         with gr.Row():
             scores, dispatcher = first_pass(answerer)
             base, adapted = second_pass()
@@ -194,12 +199,19 @@ def connect(
     examples: list[gr.Button],
 ) -> None:
     """Let the page's events call the handlers; the picture, which takes longest, comes after the answers."""
-    asking: dict[str, Any] = LIMITS | {"outputs": [*outputs, *sliders]}
+    asking: dict[str, Any] = LIMITS | {
+        "outputs": [*outputs, *sliders],
+        "show_progress_on": [outputs.scores, outputs.base, outputs.adapted],
+    }
     events = [prompt.submit(handlers.ask, [prompt, dispatcher], **asking)]
     events += [button.click(handlers.ask, [prompt, dispatcher], **asking) for button in buttons]
     asking["outputs"] = [prompt, *asking["outputs"]]
     events += [example.click(handlers.ask_example, [example, dispatcher], **asking) for example in examples]
-    turning: dict[str, Any] = LIMITS | {"outputs": list(outputs), "trigger_mode": "always_last"}
+    turning: dict[str, Any] = LIMITS | {
+        "outputs": list(outputs),
+        "show_progress_on": [outputs.adapted],
+        "trigger_mode": "always_last",
+    }
     events += [slider.input(handlers.turn, [prompt, outputs.asked, *sliders], **turning) for slider in sliders]
     for event in events:
         event.then(handlers.show, outputs.weights, picture, show_progress="hidden", api_visibility="private")

@@ -19,8 +19,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # O
 NO_ANSWER_YET = "<i>no answer yet</i>"
 
 
-def introduction(bank: ExpertBank, name: str) -> str:
-    """The head of the page: what this is, and the bank's experts."""
+def introduction(bank: ExpertBank, name: str, expected_seconds: float) -> str:
+    """The head of the page: what this is, the bank's experts, and how long an answer takes."""
     experts = "".join(
         f"<li><b>{escape(entry.label)}</b> {escape(entry.description)}</li>" for entry in bank.experts.values()
     )
@@ -28,7 +28,9 @@ def introduction(bank: ExpertBank, name: str) -> str:
         "<header><h1>Transformer²</h1>"
         "<p>One base model, small experts. A first pass finds out which expert a prompt needs, a second pass answers "
         f"with it.</p><details><summary>Bank <b>{escape(name)}</b>: {counted(len(bank.experts), 'expert')}</summary>"
-        f"<ul>{experts}</ul></details></header>"
+        f"<ul>{experts}</ul></details>"
+        f"<p class='hint'>Both answers to a short prompt take about {seconds(expected_seconds)} on this machine.</p>"
+        "</header>"
     )
 
 
@@ -64,9 +66,10 @@ def adapted_answer(answer: Answer, base: Answer, bank: ExpertBank) -> str:
     times = f"answered in {seconds(answer.answering_seconds)}"
     if answer.scores is not None:
         times = f"chosen in {seconds(answer.choosing_seconds)}, {times}"
-    same = "the base model's words exactly; " if answer.text == base.text else ""
+    if answer.text == base.text:
+        times = f"the same words as the base model, {times}"
     text = marked(answer.text, base.text)
-    return panel("Adapted", mixture_in_words(answer.weights, bank), text, same + times, "adapted")
+    return panel("Adapted", mixture_in_words(answer.weights, bank), text, times, "adapted")
 
 
 def panel(title: str, who: str, safe_text: str, footer: str, kind: str = "base") -> str:
@@ -155,7 +158,7 @@ def color(name: str, names: Sequence[str]) -> str:
 
 def percent(share: float) -> str:
     """A probability for people."""
-    return "> 99.9 %" if 0.9995 <= share < 1 else f"{100 * share:.1f} %"
+    return "> 99.9 %" if 0.9995 <= share < 1 else "< 0.1 %" if 0 < share < 5e-4 else f"{100 * share:.1f} %"
 
 
 def seconds(value: float) -> str:

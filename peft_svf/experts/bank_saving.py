@@ -14,6 +14,7 @@ from peft_svf.experts.bank_config import (
     ExpertBankError,
     check_replaceable,
 )
+from peft_svf.experts.expert import write_facts
 from peft_svf.experts.files import make_readable, replaced_folder
 
 
@@ -21,15 +22,15 @@ if TYPE_CHECKING:
     from peft_svf.experts.bank import ExpertBank
 
 
-def save_bank(bank: ExpertBank, folder: str | Path, include_base: bool) -> Path:
-    """See [`ExpertBank.save_pretrained`]."""
+def save_bank(bank: ExpertBank, folder: str | Path, include_base: bool, reference: str | None = None) -> Path:
+    """See [`ExpertBank.save_pretrained`]; with `reference`, the saved bank calls its base model so."""
     target = Path(folder).absolute()
     if not bank.experts:
         raise ExpertBankError("The bank has no experts to save; add an SVF adapter to its model first.")
     if bank.model.get_model_status().merged_adapters:
         raise ExpertBankError("An expert is merged into the base model; call unmerge_adapter() before saving.")
     check_replaceable(target)
-    base = BASE_FOLDER if include_base else base_reference(bank, target)
+    base = BASE_FOLDER if include_base else reference or base_reference(bank, target)
     config = BankConfig(
         base_model_name_or_path=base,
         experts=bank.experts,
@@ -77,6 +78,8 @@ def _save_adapter(bank: ExpertBank, staging: Path, name: str, bank_config: BankC
     config = json.loads(path.read_text("utf-8"))
     config["base_model_name_or_path"] = bank_config.base_model_name_or_path
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    if bank.facts.get(name):
+        write_facts(staging / name, bank.facts[name])
 
 
 def _save_base(bank: ExpertBank, folder: Path) -> None:

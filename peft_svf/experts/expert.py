@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -27,8 +27,12 @@ from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.names import PEFT_PREFIX, name_in_base
 
 
+if TYPE_CHECKING:
+    from peft_svf.hub.destination import Pushed
+
 _SAVED_BASIS = ".svf_saved_basis."
-_FILES = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, EXPERT_FILE, "README.md"}
+_CARD = {"README.md", ".eval_results", "levers.png", "moved_components.png", "learning_curve.png"}
+_FILES = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, EXPERT_FILE, *_CARD}
 
 
 @dataclass(frozen=True)
@@ -237,6 +241,12 @@ class Expert:
                 write_facts(staging, self.metadata)
             make_readable(staging)
         return target
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Pushed:
+        """Put the expert on the Hub, with its card; `options` and errors as of [`~peft_svf.hub.push_expert`]."""
+        from peft_svf.hub import push_expert
+
+        return push_expert(self, repo_id, **options)
 
     def check_only_offsets(self, purpose: str) -> None:
         """Raise an `ExpertError` if the expert has trained more than offsets, which `purpose` would lose."""

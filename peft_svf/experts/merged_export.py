@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,13 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from peft_svf.experts.bank import ExpertBank
 from peft_svf.experts.bank_config import BASE_LABEL
 from peft_svf.experts.bank_loading import adapter_types, processing_of
+from peft_svf.experts.base_state import plain_state_dict, without_wrappers
 from peft_svf.experts.errors import ExpertError
 from peft_svf.experts.files import make_readable, replaced_folder
 from peft_svf.experts.lora_export import SAME_WEIGHT
@@ -46,7 +44,6 @@ from peft_svf.tuner.mixed_batch import MixedBatch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SECONDS_WITHOUT_PROGRESS_BAR = 2.0
-_WRAPPED = re.compile(r"\.base_layer(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,7 @@ def merged_state_dict(
     _check_exactly_mergeable(peft_model, base)
     try:
         state = plain_state_dict(base, batch)
-        layers = {_WRAPPED.sub("", adapted_name(n, m)): m for n, m in base.named_modules() if isinstance(m, SVFLayer)}
+        layers = {without_wrappers(adapted_name(n, m)): m for n, m in base.named_modules() if isinstance(m, SVFLayer)}
         batch.check_groups(list(layers.values()))
         tables = {name: batch.offsets(layer) for name, layer in layers.items()}  # (1, k), or (1, experts, k)
     except ValueError as error:
@@ -178,33 +175,6 @@ def merged_state_dict(
             key = name if name in state else f"{name}.weight"
             state[key], sums[name] = _merge(name, layers[name], table[0], dtype, exact)
     return state, _error(sums) if exact else None
-
-
-def plain_state_dict(base: PreTrainedModel, batch: MixedBatch | None = None) -> dict[str, torch.Tensor]:
-    """
-    The base model's weights under the names they have without adapters.
-
-    Args:
-        base (`PreTrainedModel`): With adapters injected, none of them merged.
-        batch ([`~peft_svf.tuner.mixed_batch.MixedBatch`], *optional*):
-            One mixture: modules and tokens that its adapter has trained in full come from the adapter. Otherwise the
-            base model's.
-
-    Raises:
-        ValueError: Several adapters are mixed, and one has trained whole modules or tokens.
-    """
-    wrappers = {name: m for name, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
-    within = tuple(f"{name}." for name in wrappers)
-    state = {
-        _WRAPPED.sub("", key): tensor
-        for key, tensor in base.state_dict().items()
-        if ".svf_" not in key and not key.startswith(within)
-    }
-    made: dict[int, torch.Tensor] = {}
-    for name, wrapper in wrappers.items():
-        adapter = None if batch is None else batch.check_one_hot(wrapper._adapters)[0]
-        state |= {f"{name}.{key}": tensor for key, tensor in _whole_module(wrapper, adapter, made).items()}
-    return state
 
 
 def check_empty(folder: Path) -> None:
@@ -261,25 +231,6 @@ def _check_exactly_mergeable(model: PeftModel, base: PreTrainedModel) -> None:
         raise ExpertError(str(error)) from error
     if offloaded := [name for name, parameter in base.named_parameters() if parameter.is_meta]:
         raise ExpertError(f"{offloaded[0]} is offloaded; load the whole model into memory before exporting.")
-
-
-def _whole_module(
-    wrapper: AuxiliaryTrainingWrapper, adapter: str | None, made: dict[int, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The state of a module of which adapters train a copy, or tokens; `made` keeps tied embeddings tied."""
-    if isinstance(wrapper, ModulesToSaveWrapper):
-        own = adapter is not None and adapter in wrapper.modules_to_save
-        return dict((wrapper.modules_to_save[adapter] if own else wrapper.original_module).state_dict())
-    if not isinstance(wrapper, TrainableTokensWrapper):
-        raise ValueError(f"modules that PEFT wraps as {type(wrapper).__name__} cannot be exported")
-    layer = wrapper.token_adapter
-    state = dict(layer.get_base_layer().state_dict())
-    if adapter is not None and adapter in layer.trainable_tokens_delta:
-        pointer = state["weight"].data_ptr()
-        if pointer not in made:
-            made[pointer] = layer.get_merged_weights([adapter]).detach()
-        state["weight"] = made[pointer]
-    return state
 
 
 def _cast(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -378,6 +329,3 @@ def _name_dtype(path: Path, dtype: torch.dtype) -> None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-__all__ = ["MergeError", "MergedCheckpoint", "merged_state_dict", "plain_state_dict", "save_merged"]

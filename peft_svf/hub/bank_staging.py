@@ -14,8 +14,8 @@ from peft_svf.experts.bank_config import BASE_FOLDER, BankConfig, ExpertBankErro
 from peft_svf.experts.errors import HubError
 from peft_svf.hub.base_reference import BaseReference, find_base
 from peft_svf.hub.facts import published_facts
-from peft_svf.hub.layout import PROCESSING
-from peft_svf.hub.staging import copy_expert, finish_expert
+from peft_svf.hub.layout import OF_CARD, OF_EXPERT, PROCESSING
+from peft_svf.hub.staging import copy_files, finish_expert
 
 
 if TYPE_CHECKING:
@@ -53,12 +53,14 @@ def base_of_bank(
         candidates = [(name, config.base_revision)]
     if include_base:
         if given[0] is not None:
-            raise HubError("include_base=True puts the base model into the bank, and base_model= refers to one on the "
-                           "Hub: give one of them.")
+            raise HubError(
+                "include_base=True puts the base model into the bank, and base_model= refers to one on the "
+                "Hub: give one of them."
+            )
         return BaseReference(BASE_FOLDER), name
     remedy = (
-        "push the base model first (its push_to_hub) and give its id, base_model='user/base' (--base-model), or put it "
-        "into the bank with include_base=True (--include-base)."
+        "push the base model first (its push_to_hub) and give its id, base_model='user/base' (--base-model), or put "
+        "it into the bank with include_base=True (--include-base)."
     )
     return find_base(given, candidates, "the bank", remedy, api), name
 
@@ -72,7 +74,7 @@ def stage_bank(source: ExpertBank | Path, folder: Path, base: BaseReference) -> 
 
         _stage_live(ExpertBank.from_pretrained(source), folder, base)
     else:
-        _copy_bank(source, folder, keeps_base=base.model == BASE_FOLDER)
+        copy_bank(source, folder, keeps_base=base.model == BASE_FOLDER)
     config = BankConfig.read(folder)
     replace(config, base_model_name_or_path=base.model, base_revision=base.revision).write(folder)
 
@@ -103,22 +105,17 @@ def _stage_live(bank: ExpertBank, folder: Path, base: BaseReference) -> None:
     assert saved == folder
 
 
-def _copy_bank(source: Path, folder: Path, keeps_base: bool) -> None:
-    """Copy a bank's own files, without whatever else lies in its folder."""
+def copy_bank(source: Path, folder: Path, keeps_base: bool) -> None:
+    """Copy a bank's own files, without code and without whatever else lies in its folder."""
     config = BankConfig.read(source)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / "config.json", folder / "config.json")
+    copy_files(source, folder, ("config.json", *OF_CARD))
     for name in config.adapters:
         if not (source / name).is_dir():
             raise ExpertBankError(f"The bank {source} is incomplete: its expert '{name}' is missing; save it again.")
-        copy_expert(source / name, folder / name)
+        copy_files(source / name, folder / name, OF_EXPERT)
     has_own = any((source / file).is_file() for file in PROCESSING)
     if keeps_base:
         shutil.copytree(source / BASE_FOLDER, folder / BASE_FOLDER)
-    if has_own or not keeps_base:
-        origin = source if has_own else source / BASE_FOLDER  # the tokenizer that the bank was saved with
-        for pattern in PROCESSING:
-            for path in origin.glob(pattern):
-                target = folder / path.relative_to(origin)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
+    if has_own or not keeps_base:  # the tokenizer that the bank was saved with
+        copy_files(source if has_own else source / BASE_FOLDER, folder, PROCESSING)

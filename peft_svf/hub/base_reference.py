@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from peft_svf.experts.bank_config import BASE_FOLDER
 from peft_svf.experts.errors import HubError
 from peft_svf.hub.errors import as_hub_errors
 
@@ -78,7 +79,7 @@ def on_hub(name: str | None, revision: str | None = None) -> BaseReference | Non
     cached = path.parent.parent.name.split("--")
     if path.parent.name == "snapshots" and cached[0] == "models" and _COMMIT.fullmatch(path.name):
         return BaseReference("/".join(cached[1:]), path.name)
-    if path.exists() or not is_hub_id(name):
+    if name == BASE_FOLDER or path.exists() or not is_hub_id(name):
         return None
     return BaseReference(name, revision)
 

@@ -17,8 +17,8 @@ from peft_svf.hub.bank_staging import base_of_bank, finish_bank, stage_bank
 from peft_svf.hub.base_reference import find_base
 from peft_svf.hub.destination import Destination, Pushed
 from peft_svf.hub.facts import published_facts
-from peft_svf.hub.layout import ADAPTER, BANK, EXPERT
-from peft_svf.hub.staging import copy_expert, finish_expert, seal
+from peft_svf.hub.layout import ADAPTER, BANK, EXPERT, OF_EXPERT
+from peft_svf.hub.staging import copy_files, finish_expert, seal
 from peft_svf.hub.upload import upload
 
 
@@ -184,9 +184,7 @@ def _read(source: Expert | str | Path | nn.Module, adapter_name: str) -> Expert 
         return Expert.from_model(source, adapter_name)
     folder = Path(source)
     if not (folder / ADAPTER).is_file():
-        raise ExpertError(
-            f"There is no expert in {source}: it has no {ADAPTER}; save one there with save_pretrained."
-        )
+        raise ExpertError(f"There is no expert in {source}: it has no {ADAPTER}; save one there with save_pretrained.")
     return folder
 
 
@@ -211,7 +209,7 @@ def _candidates(source: object, expert: Expert | Path) -> list[tuple[str | None,
 def _write(expert: Expert | Path, folder: Path, what: str) -> Mapping[str, Any]:
     """Write the adapter; returns what is recorded of the expert."""
     if isinstance(expert, Path):
-        copy_expert(expert, folder)
+        copy_files(expert, folder, OF_EXPERT)
         return read_facts(folder, what)
     folder.mkdir(parents=True)
     written = expert.save_pretrained(folder)

@@ -17,17 +17,17 @@ from peft_svf.experts.expert import write_facts
 from peft_svf.experts.files import make_readable
 from peft_svf.hub.base_reference import BaseReference, on_hub
 from peft_svf.hub.facts import local_places
-from peft_svf.hub.layout import CARD, OF_EXPERT
+from peft_svf.hub.layout import CARD
 
 
 _READABLE = (".json", ".md", ".yaml", ".txt", ".jinja", ".py")
 _SETS = ("target_modules", "exclude_modules")  # written in another order by every process
 
 
-def copy_expert(source: Path, folder: Path) -> None:
-    """Copy the files of an expert, its pictures and results among them, and nothing else that lies beside them."""
+def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
+    """Copy what has one of these names in `source`, and nothing else that lies beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in OF_EXPERT:
+    for pattern in patterns:
         for path in source.glob(pattern):
             target = folder / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)

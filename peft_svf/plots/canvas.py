@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 DPI = 120
 WIDTH = 800 / DPI  # inches: the width of a README on the Hub
+TITLE_CHARACTERS = 90  # of a line
 SMALL, TINY = 8, 7  # points; 7 are 12 pixels high
 GREY, ABSENT = "#6b7280", "#d1d5db"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d1f")
@@ -85,6 +87,12 @@ def check_picture(path: str | os.PathLike[str]) -> None:
 def plain(text: str) -> str:
     """Text that is shown as it is: matplotlib would read what stands between dollar signs as a formula."""
     return text.replace("$", r"\$")
+
+
+def set_title(figure: Figure, title: str | None) -> None:
+    """Text above a picture, in as many lines as it needs; none without text."""
+    if title:
+        figure.suptitle("\n".join(plain(line) for line in textwrap.wrap(title, TITLE_CHARACTERS)), fontsize=10)
 
 
 def colors(n: int) -> list[Any]:

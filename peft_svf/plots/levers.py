@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from peft_svf.experts.expert import Expert
-from peft_svf.plots.canvas import ABSENT, GREY, SMALL, TINY, new_figure, plain, save_figure
-from peft_svf.plots.places import places_of
+from peft_svf.plots.canvas import ABSENT, GREY, SMALL, TINY, new_figure, plain, save_figure, set_title
+from peft_svf.plots.places import numbered_layers, places_of
 
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GROUPS = 8
-MOST_TICKS = 24  # layers that are numbered; of more, every second or tenth
 ROW_INCHES, LEAST_INCHES, MOST_INCHES = 0.14, 1.1, 4.0  # height of a panel
 BAR_INCHES = 0.12
 TWISTED = 60  # characters of all roles together that still fit beside one another
@@ -141,11 +140,12 @@ def levers_figure(
         bar.ax.tick_params(labelsize=TINY)
         bar.outline.set_visible(False)
         axes.set_title(PANELS[name], fontsize=SMALL, loc="left", color=GREY)
-        _name_layers(axes, found.layers)
+        rows = numbered_layers(found.layers)
+        axes.set_yticks(rows, labels=[plain(found.layers[row]) for row in rows])
+        axes.set_ylabel("layer", fontsize=SMALL)
     _name_roles(panels[-1], found.roles, twisted)
     panels[-1].set_xlabel("in each module: the largest singular values left, the smallest right", fontsize=SMALL)
-    if title:
-        figure.suptitle(plain(title), fontsize=10)
+    set_title(figure, title)
     return figure
 
 
@@ -165,14 +165,6 @@ def _draw(axes: Axes, values: Tensor, signed: bool) -> Any:
         axes.axvline(column * groups - 0.5, color="black", linewidth=0.6)
     axes.tick_params(length=0, labelsize=TINY)
     return image
-
-
-def _name_layers(axes: Axes, layers: tuple[str, ...]) -> None:
-    step = next(step for step in (1, 2, 5, 10, 20, 50, len(layers)) if len(layers) / step <= MOST_TICKS)
-    numbered = [i for i, label in enumerate(layers) if i % step == 0 or not label[-1].isdigit()]
-    numbered = [i for i in numbered if i == len(layers) - 1 or layers[-1][-1].isdigit() or i < len(layers) - step / 2]
-    axes.set_yticks(numbered, labels=[plain(layers[i]) for i in numbered])
-    axes.set_ylabel("layer", fontsize=SMALL)
 
 
 def _name_roles(axes: Axes, roles: tuple[str, ...], twisted: bool) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from peft_svf.plots.canvas import GREY, SMALL, TINY, colors, new_figure, plain, save_figure, without_frame
-from peft_svf.plots.places import places_of
+from peft_svf.plots.canvas import GREY, SMALL, TINY, colors, new_figure, plain, save_figure, set_title, without_frame
+from peft_svf.plots.places import OUTSIDE, places_of
 
 
 if TYPE_CHECKING:
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 Weights: TypeAlias = Mapping[str, float] | Mapping[str, Mapping[str, float]]
 
 HEIGHT = 3.0  # inches
+LEAST_BARS = 3  # for which there is room
 MOST_TEXTS = 12  # bars up to which parts hold their number
 LEAST_PART = 0.06  # of the highest bar: where a number fits into a part
 MOST_LABELS = 24
+SHORT = 4  # characters that fit below a narrow bar
 LONG = 70  # characters of all labels together that still fit beside one another
 DARK = 0.5  # luminance below which text on a colour must be white
 
@@ -67,12 +69,12 @@ def mixture_weights_figure(weights: Weights, title: str | None = None) -> Figure
     axes.axhline(1, color=GREY, linewidth=0.7, linestyle=":")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_ylabel("weight α", fontsize=SMALL)
-    axes.set_xlim(-0.6, max(len(bars), 3) - 0.4)
+    margin = 0.6 + max(0, LEAST_BARS - len(bars)) / 2  # a single bar would be as wide as the picture
+    axes.set_xlim(-margin, len(bars) - 1 + margin)
     without_frame(axes)
     _name_bars(axes, list(bars))
     figure.legend(loc="outside right upper", fontsize=SMALL, frameon=False, reverse=True)
-    if title:
-        figure.suptitle(plain(title), fontsize=10)
+    set_title(figure, title)
     return figure
 
 
@@ -106,7 +108,7 @@ def _stack(axes: Axes, rows: list[list[float]], experts: list[str]) -> None:
         for i, (part, bottom) in enumerate(zip(parts, bottoms, strict=True)):
             if len(rows) <= MOST_TEXTS and abs(part) >= LEAST_PART * highest:
                 options = {"ha": "center", "va": "center", "fontsize": TINY, "color": _on(color)}
-                axes.text(i, bottom + part / 2, f"{part:.2f}", **options)
+                axes.text(i, bottom + part / 2, f"{part:.2f}".replace("-", "−"), **options)
         ups = [up + max(part, 0.0) for up, part in zip(ups, parts, strict=True)]
         downs = [down + min(part, 0.0) for down, part in zip(downs, parts, strict=True)]
 
@@ -121,12 +123,12 @@ def _on(color: Any) -> str:
 
 def _name_bars(axes: Axes, names: list[str]) -> None:
     """Tasks by their names; layers, of which there are many, by their numbers."""
-    places = places_of(f"{name}.weight" for name in names)
-    are_layers = len(places.layers) == len(names) > 1 and all(label[-1:].isdigit() for label in places.layers)
-    labels = names if not are_layers else [places.layers[row] for row, _ in _cells_in_order(places.cells, names)]
+    labels = _layer_numbers(names)
+    are_layers = labels != names
     step = math.ceil(len(labels) / MOST_LABELS)
     shown = range(0, len(labels), step)
-    long = sum(len(labels[i]) for i in shown) > LONG
+    lengths = [len(labels[i]) for i in shown]
+    long = sum(lengths) > LONG or (len(lengths) > MOST_TEXTS and max(lengths) > SHORT)
     options: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if long else {}
     axes.set_xticks(list(shown), labels=[plain(labels[i]) for i in shown], **options)
     axes.tick_params(axis="x", length=0)
@@ -134,6 +136,10 @@ def _name_bars(axes: Axes, names: list[str]) -> None:
         axes.set_xlabel("layer", fontsize=SMALL)
 
 
-def _cells_in_order(cells: Mapping[tuple[int, int], tuple[str, ...]], names: list[str]) -> list[tuple[int, int]]:
-    cell_of = {module: cell for cell, modules in cells.items() for module in modules}
-    return [cell_of[f"{name}.weight"] for name in names]
+def _layer_numbers(names: list[str]) -> list[str]:
+    """ "model.layers.3" as "3" where the bars are layers, each one once; other names as they are."""
+    places = places_of(f"{name}.weight" for name in names)
+    label_of = {module: places.layers[row] for (row, _), modules in places.cells.items() for module in modules}
+    labels = [label_of[f"{name}.weight"] for name in names]
+    labels = [name if label == OUTSIDE else label for name, label in zip(names, labels, strict=True)]
+    return labels if len(set(labels)) == len(labels) else names

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from peft_svf.experts.expert import Expert
-from peft_svf.plots.canvas import SMALL, STYLES, colors, new_figure, plain, save_figure, without_frame
+from peft_svf.plots.canvas import SMALL, STYLES, colors, new_figure, plain, save_figure, set_title, without_frame
 from peft_svf.plots.levers import levers
 
 
@@ -94,9 +94,10 @@ def moved_components_figure(
             if role in found:
                 axes.plot(middles, found[role].numpy(), color=color, linewidth=1.3, linestyle=STYLES[i % len(STYLES)])
         axes.set_title(plain(role), fontsize=SMALL)
-        axes.set(xlim=(0, 100), ylim=(0, None))
+        axes.set_xlim(0, 100)
         axes.set_xticks([0, 50, 100])
         without_frame(axes)
+    panels[0].set_ylim(0, 1.05 * max(float(line.max()) for found in moved.values() for line in found.values()) or 1)
     for i, axes in enumerate(panels):
         axes.set_visible(i < len(roles))
         axes.tick_params(labelbottom=i + columns >= len(roles))  # those with nothing below them
@@ -104,10 +105,8 @@ def moved_components_figure(
     figure.supylabel("mean of |z − 1|", fontsize=SMALL)
     if len(moved) > 1:
         names = [plain(name) for name in moved]
-        place = {"loc": "outside upper center", "ncols": min(4, len(moved)), "fontsize": SMALL, "frameon": False}
-        figure.legend(_samples(len(moved)), names, **place)
-    if title:
-        figure.suptitle(plain(title), fontsize=10)
+        figure.legend(_samples(len(moved)), names, loc="outside right upper", fontsize=SMALL, frameon=False)
+    set_title(figure, title)
     return figure
 
 
@@ -118,7 +117,9 @@ def _named(experts: Expert | Sequence[Expert] | Mapping[str, Expert]) -> dict[st
         several = [experts] if isinstance(experts, Expert) else list(experts)
         names = [str(expert.metadata.get("name") or expert.source) for expert in several]
         twice = len(set(names)) < len(names)
-        named = {f"{i + 1}: {name}" if twice else name: e for i, (name, e) in enumerate(zip(names, several, strict=True))}
+        named = {
+            f"{i + 1}: {name}" if twice else name: e for i, (name, e) in enumerate(zip(names, several, strict=True))
+        }
     if not named:
         raise ValueError("There is no expert to draw.")
     return named

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
 OUTSIDE = "outside"  # the row of modules that are in no layer, as `lm_head`
+MOST_LABELS = 24
 _IN_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<index>\d+)\.(?P<role>.+)")  # "model.layers." "3" "mlp.up_proj"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _USUAL_ORDER = ("q", "k", "v", "qkv", "query", "key", "value", "c_attn", "o", "out", "gate", "up", "gate_up", "down")
@@ -49,6 +50,17 @@ def places_of(names: Iterable[str]) -> Places:
         cell = row[stack, index], column[role]
         cells[cell] = (*cells.get(cell, ()), name)
     return Places(tuple(_labels(layers, stacks)), tuple(_shortened(roles)), cells)
+
+
+def numbered_layers(layers: Sequence[str]) -> list[int]:
+    """The rows of a picture with room for a label: all, or every second, fifth or tenth layer, and "outside"."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50, len(layers)) if len(layers) <= step * MOST_LABELS)
+    rows = list(range(0, len(layers), step))
+    if layers[-1] == OUTSIDE:
+        last = len(layers) - 1
+        rows = [row for row in rows if row == last or last - row > step / 2]
+        rows = rows if last in rows else [*rows, last]
+    return rows
 
 
 def _split(name: str) -> tuple[str, int | None, str]:

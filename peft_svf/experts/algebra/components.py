@@ -79,7 +79,7 @@ def shuffle(expert: Expert, seed: int = 0, metadata: Facts = None) -> Expert:
 
 
 def reverse(expert: Expert, metadata: Facts = None) -> Expert:
-    """A control: the smallest singular value gets what the largest had; offset'ᵢ = offset_(k + 1 − i) in each matrix."""
+    """A control, offset'ᵢ = offset_(k + 1 − i) in each matrix: the smallest singular value gets the largest one's."""
     return _changed(
         expert, "reverse", "offset'ᵢ = offset_(k + 1 − i)", {}, lambda name, offset: offset.flip(-1), metadata
     )

@@ -53,6 +53,7 @@ def mix(
         ExpertError: See the module; or weights that are not K finite numbers, sum to 0 with `normalize`, or do not fit
             a module.
     """
+    check_experts(experts, "a mixture")
     weights_of = _weights_by_module(weights, len(experts), normalize)
     settings = {"residual": residual, "normalize": normalize}
     formula = "offset' = Σ αₖ offsetₖ" if residual else "offset' = Σ αₖ offsetₖ + Σα − 1"
@@ -69,12 +70,14 @@ def interpolate(first: Expert, second: Expert, t: float, metadata: Facts = None)
         t (`float`): 0 is the first, 1 the second; others than those between extrapolate.
         metadata (`Mapping[str, Any]`, *optional*): See [`mix`].
     """
+    check_experts([first, second], "`interpolate`")
     origin = origin_of("interpolate", "offset' = (1 − t) offset₁ + t offset₂", [first, second], {"t": t}, [1 - t, t])
     return _combine([first, second], _weights_by_module([1 - t, t], 2, False), True, origin, metadata)
 
 
 def difference(first: Expert, second: Expert, metadata: Facts = None) -> Expert:
     """What the first expert has beyond the second: offset' = offset₁ − offset₂, z' = 1 + z₁ − z₂."""
+    check_experts([first, second], "`difference`")
     origin = origin_of("difference", "offset' = offset₁ − offset₂", [first, second], {}, [1.0, -1.0])
     return _combine([first, second], _weights_by_module([1.0, -1.0], 2, False), True, origin, metadata)
 
@@ -97,6 +100,7 @@ def scale(expert: Expert, factor: float, metadata: Facts = None) -> Expert:
 
     1 is the expert, 0 the base model; [`negate`] is −1.
     """
+    check_experts([expert], "`scale`")
     origin = origin_of("scale", "offset' = c offset", [expert], {"factor": factor}, [factor])
     return _combine([expert], _weights_by_module([factor], 1, False), True, origin, metadata)
 
@@ -108,6 +112,7 @@ def negate(expert: Expert, metadata: Facts = None) -> Expert:
     Task arithmetic (Ilharco et al. 2023, arXiv 2212.04089) forgets a skill in this way. It is not the inverse of the
     changed weight.
     """
+    check_experts([expert], "`negate`")
     origin = origin_of("negate", "offset' = −offset", [expert], {})
     return _combine([expert], _weights_by_module([-1.0], 1, False), True, origin, metadata)
 
@@ -119,7 +124,6 @@ def _combine(
     origin: dict[str, Any],
     metadata: Facts,
 ) -> Expert:
-    check_experts(experts, "a mixture")
     offsets = {}
     for name in modules(experts):
         weights = weights_of(name)

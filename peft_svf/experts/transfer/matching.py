@@ -123,7 +123,7 @@ class Matching:
         ]
         if self.same_base:
             notes.append(
-                "The target is the expert's own base model: transfer is unnecessary, the offsets stay the same, exactly"
+                "The target is the expert's own base model: transfer is unnecessary, the offsets stay as they are"
             )
         elif not self.source.matrices:
             notes.append(f"{NO_BASE}; give the source model to know them")

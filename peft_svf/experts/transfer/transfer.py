@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from peft_svf.experts.algebra.common import origin_of
 from peft_svf.experts.errors import ExpertError
 from peft_svf.experts.expert import Expert
 from peft_svf.experts.transfer.controls import CONTROLS, Control, controlled
@@ -26,9 +26,11 @@ from peft_svf.tuner.config import SVFConfig
 
 FORMULA = (
     "offset'[j] = offset at relative rank j / (r' - 1), linear between components in singular-value order, and linear "
-    "between the two layers nearest to relative depth l / (L' - 1), role by role; {control}"
+    "between the two layers nearest to relative depth l / (L' - 1), role by role"
 )
-KEPT_FACTS = ("name", "label", "description", "task", "reward", "license")  # those that do not speak of the old base
+# Facts that hold on any base model; what was trained and measured on the old one does not come along.
+KEPT_FACTS = ("name", "label", "description", "task", "reward", "license", "language")
+STATEMENT = "Transferred from another base model; nothing was trained on this one."
 
 
 @dataclass(frozen=True)
@@ -91,16 +93,15 @@ def transfer(
     matching = Matching(source, matrices, fused_experts_of(target), _is_same_base(expert, matrices))
     report = matching.report()
     offsets = {
-        matrix.name: controlled(_offset(source, matrix.sources, matrix.rank), control, seed, matrix.name)
-        for matrix in report.matrices
-        if matrix.sources
+        matrix.name: _offset(source, matrix.sources, matrix.rank) for matrix in report.matrices if matrix.sources
     }
     if not offsets:
         raise ExpertError(
             f"Nothing of {source.name} fits the target {_name_of(target)!r}: the expert adapts "
             f"{source.roles() or 'no module of a known place'}, the target has {matching.target_roles()}."
         )
-    return Transfer(_made(expert, target, matrices, offsets, control, seed, report), report)
+    made = _made(expert, target, matrices, offsets, control, seed, report)
+    return Transfer(controlled(made, control, seed), report)
 
 
 def _offset(source: Source, weights: Mapping[str, float], rank: int) -> torch.Tensor:
@@ -131,25 +132,11 @@ def _made(
         base_fingerprint={name: matrices[name].sketch for name in offsets},
     )
     kept = {key: expert.metadata[key] for key in KEPT_FACTS if expert.metadata.get(key) is not None}
-    origin = {
-        "operation": "transfer",
-        "formula": FORMULA.format(control=CONTROLS[control] if control else "no control"),
-        "sources": [_described(expert)],
-        "settings": {"control": control, "seed": seed, "same_base": report.same_base, **report.totals},
-    }
+    settings = {"control": control, "seed": seed, "same_base": report.same_base, **report.totals}
+    origin = origin_of("transfer", FORMULA, [expert], settings)
+    origin["statement"] = STATEMENT + (f" A control: {CONTROLS[control]}." if control else "")
     made = {name: offset.to(torch.float32) for name, offset in offsets.items()}
     return Expert(made, config, {**kept, "origin": origin}, {}, f"{expert.source}, transferred")
-
-
-def _described(expert: Expert) -> dict[str, Any]:
-    """What is said of the source; of a base model in a folder the folder's name only."""
-    base = expert.base_model
-    return {
-        "name": expert.metadata.get("name"),
-        "base_model": Path(base).name if base and Path(base).exists() else base,
-        "base_revision": expert.base_revision,
-        "fingerprint": expert.fingerprint_id,
-    }
 
 
 def _source_matrices(expert: Expert, model: PreTrainedModel | PeftModel) -> dict[str, BaseMatrix]:
