@@ -7,6 +7,8 @@ two forms.
     python serve_expert.py --model BANK --expert code --output served-code
     python serve_expert.py --model BASE --adapter svf-math --output lora-math --lora 64
 
+`peft-svf export` does the same with more choices; this is how it is done in Python.
+
 Merged: the expert is multiplied into the weights, exactly up to the rounding of their dtype. The result is an ordinary
 checkpoint, costs what the base model costs, and needs no peft_svf where it is served:
 
@@ -34,39 +36,28 @@ A server does not route. To keep self-adaptation, ask a dispatcher which expert 
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_svf.experts import BASE_LABEL, ExpertBank, save_as_lora
-from peft_svf.experts.files import make_readable, replaced_folder
+from peft_svf.experts import ExpertBank, ExpertError, save_as_lora
+from peft_svf.experts.merged_export import check_empty, save_merged
+from peft_svf.experts.serve_commands import lora_command, merged_commands
 from peft_svf.playground import BANK_FOLDER
-
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def main() -> None:
     arguments = parse()
-    if arguments.output.is_file() or (arguments.output.is_dir() and any(arguments.output.iterdir())):
-        raise SystemExit(f"{arguments.output} is not empty: choose a new folder")
-    model, tokenizer, expert = load(arguments)
-    if expert == BASE_LABEL:
-        raise SystemExit("the base model needs no preparation: serve its own checkpoint")
-    base = str(model.get_base_model().config._name_or_path)
+    check_empty(arguments.output)
+    bank, expert = load(arguments)
     if arguments.lora is None:
-        save_merged(model, tokenizer, expert, arguments.output)
-        folder = shlex.quote(str(arguments.output))
-        print(f"transformers serve {folder} --host 127.0.0.1 --port 8000\nvllm serve {folder}")
+        save_merged(bank, arguments.output, expert)
+        print(*merged_commands(arguments.output), sep="\n")
         return
-    error = save_as_lora(arguments.output, model, arguments.lora, expert)
-    limit = next(rank for rank in (*VLLM_RANKS, arguments.lora) if rank >= arguments.lora)
-    print(f"# relative error of the LoRA: {error.total:.2g} (0 is the expert, 1 the base model)")
-    module = shlex.quote(f"{expert}={arguments.output}")
-    print(f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {limit} --lora-modules {module}")
+    lora_error = save_as_lora(arguments.output, bank.model, arguments.lora, expert)
+    print(f"# relative error of the LoRA: {lora_error.total:.2g} (0 is the expert, 1 the base model)")
+    print(lora_command(arguments.output, expert))
 
 
 def parse() -> argparse.Namespace:
@@ -79,28 +70,19 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
-    """The base model with the expert on it, the tokenizer, and the expert's name."""
+def load(arguments: argparse.Namespace) -> tuple[ExpertBank, str]:
+    """A bank that has the expert, and the expert's name."""
     if arguments.adapter is None:
         bank = ExpertBank.from_pretrained(arguments.model)
-        return bank.model, bank.tokenizer, bank.check_expert(arguments.expert or next(iter(bank.experts)))
+        return bank, bank.check_expert(arguments.expert or next(iter(bank.experts)))
     name = arguments.expert or Path(arguments.adapter).name.replace(".", "-")
     base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
     model = PeftModel.from_pretrained(base, arguments.adapter, adapter_name=name)
-    return model, AutoTokenizer.from_pretrained(arguments.model), name
-
-
-def save_merged(model: Any, tokenizer: Any, expert: str, output: Path) -> None:
-    """Write an ordinary checkpoint of the base model with the expert in its weights."""
-    merged = model.merge_and_unload(safe_merge=True, adapter_names=[expert])
-    with replaced_folder(output.absolute()) as staging:
-        merged.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        make_readable(staging)
+    return ExpertBank(model, AutoTokenizer.from_pretrained(arguments.model)), name
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ExpertError, ValueError) as error:
         raise SystemExit(str(error)) from None

@@ -21,6 +21,8 @@ OPERATIONS = {
     "adapt": "A mixture of other experts that a few-shot search has found (strategy C of Transformer²).",
     "transfer": "Carried over from an expert of another base model, without training.",
     "import": "Converted from a checkpoint of the paper's released code.",
+    "interpolate": "A point between two other experts, without training.",
+    "difference": "The difference of two experts, without training.",
     "scale": "Another expert at another strength, without training.",
     "negate": "Another expert in the opposite direction, without training.",
     "average": "The mean of experts that were trained with different seeds.",
@@ -45,7 +47,8 @@ def expert_sections(facts: ExpertCardData, bank: str | None = None, folder: str 
         "facts": fact_rows(facts),
         "run": run_code(facts, bank, folder),
         "made": origin_section(facts.origin) if is_made else None,
-        "training": [] if is_made and all(value == NOT_RECORDED for _, value in training) else training,
+        "training": [row for row in training if row[1] != NOT_RECORDED] if is_made else training,
+        "training_title": "How it was trained" if facts.method or not is_made else "Besides",
         "results": [result_cells(result) for result in facts.results],
         "limits": limits(facts),
         "license": inline(facts.license),
@@ -171,6 +174,8 @@ def _source_cells(source: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(repo_id, str) and is_repo_id(repo_id):
         where = repo_link(repo_id, revision if isinstance(revision, str) else None)
     rest = {name: value for name, value in source.items() if name not in known and value is not None}
+    if isinstance(rest.get("origin"), Mapping):  # how the source was made itself
+        rest["origin"] = f"{plain(rest['origin'].get('operation'))} {plain(rest['origin'].get('formula'))}".strip()
     return {
         "name": inline(source.get("name")),
         "where": where,

@@ -715,7 +715,7 @@ class _Handler(_Writing):
     def list_collections(self) -> None:
         owners = self.query.get("owner", [])
         found = [c for c in self.hub.collections.values() if not owners or c["owner"]["name"] in owners]
-        self.send_json(found)
+        self.send_json([{key: value for key, value in one.items() if key != "position"} for one in found])
 
     @_route("POST", "/api/collections")
     def create_collection(self) -> None:

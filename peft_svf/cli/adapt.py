@@ -26,6 +26,9 @@ from peft_svf.dispatch import FixedDispatcher
 from peft_svf.dispatch.few_shot import Adaptation, FewShotDispatcher, Fitness, MixtureSpace, SearchSettings
 from peft_svf.dispatch.few_shot.examples import ADAPTATION_FILE, row_hashes
 from peft_svf.experts import BASE_LABEL, ExpertBank
+from peft_svf.experts.adapter_files import read_facts
+from peft_svf.hub_cards import ExpertCardData, ExpertResult, write_expert_card
+from peft_svf.plots import check_picture, plot_mixture_weights
 from peft_svf.trainers.evaluation import Evaluation, evaluate
 from peft_svf.trainers.tasks import Task
 
@@ -103,6 +106,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if not fresh and not (output / ADAPTATION_FILE).is_file():
         raise ValueError(f"{output} exists and is no expert of `peft-svf adapt`: choose another --output")
     check_output_file(output / ADAPTATION_FILE, "--output")
+    if arguments.plot is not None:
+        check_output_file(arguments.plot, "--plot")
+        check_picture(arguments.plot)
     if arguments.optimizer == "cma-es" and importlib.util.find_spec("cmaes") is None:
         raise ValueError("--optimizer cma-es needs cmaes, which is not installed: pip install 'peft-svf[cma]'")
     if arguments.cross_validate and (arguments.per_layer or arguments.free):
@@ -168,8 +174,12 @@ def search_and_save(dispatcher: FewShotDispatcher, arguments: argparse.Namespace
         raise ValueError(f"{found.statement} Nothing was saved.")
     dispatcher.save_pretrained(arguments.output)
     if PartialState().is_main_process:
+        write_expert_card(arguments.output)
         print_mixture(found, len(dispatcher.examples))
         print(f"The expert is in {arguments.output}")
+        if arguments.plot is not None:
+            plot_mixture_weights(found.weights, arguments.plot, arguments.output.name)
+            print(f"Picture: {arguments.plot}")
         if arguments.state is None:
             remove_search(folder)
     return found
@@ -279,3 +289,29 @@ def report(evaluations: list[Evaluation], name: str, task: Task, rows: Dataset, 
         **results.environment(),
     }
     write_json(arguments.output / RESULTS_FILE, found)
+    write_card(arguments.output, task, base, mixture)
+
+
+def write_card(output: Path, task: Task, base: Evaluation, mixture: Evaluation) -> None:
+    """The expert's card, with the success on unseen prompts before that on the examples."""
+    gain, low, high = mixture.gain_over(base)
+    unseen = ExpertResult(
+        task=f"{task.name}, unseen prompts",
+        n=base.prompts,
+        base=base.success,
+        base_interval=base.interval,
+        expert=mixture.success,
+        expert_interval=mixture.interval,
+        gain=gain,
+        gain_interval=(low, high),
+        notes="greedy answers",
+    )
+    facts = ExpertCardData.from_metadata(read_facts(output, str(output)))
+    environment = results.environment()
+    known = dataclasses.replace(
+        facts,
+        results=(unseen, *(result for result in facts.results if result.chosen_on)),
+        hardware=environment["hardware"],
+        versions=environment["versions"],
+    )
+    write_expert_card(output, known)

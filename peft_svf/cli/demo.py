@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 from transformers.utils import logging
 
+from peft_svf.cli.demo_cards import write_cards
 from peft_svf.cli.generate import who
 from peft_svf.cli.playground_experts import BASE_FOLDER, TrainingReport, assemble_bank, train_expert
 from peft_svf.cli.results import format_gain
@@ -59,6 +60,7 @@ def run_demo(output: Path, steps: int, seed: int, test_prompts: int) -> None:
         bank = assemble_bank(Path(folder), embedded.experts, embedded.instruction)
         results = {family: evaluate_family(bank, family, test_prompts, reports[family]) for family in FAMILIES}
         bank.save_pretrained(output, include_base=True)
+    write_cards(output, results, steps, seed)
     print_answers(bank)
     print_results(results)
     print(f"\n{time.perf_counter() - started:.0f} s in all. The bank is in {output}:")

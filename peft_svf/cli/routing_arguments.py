@@ -63,6 +63,7 @@ def add_adapt(commands: Commands) -> None:
     add("--population", type=positive, help="mixtures tried in one iteration")
     add("--iterations", type=positive, help="iterations, at most")
     add("--test-prompts", "--test_prompts", type=positive, metavar="N", help="compare on this many unseen prompts")
+    add("--plot", type=Path, metavar="FILE", help="picture of the weights that were found, e.g. weights.png")
     add("--seed", type=int, default=0, help="seed of the search and of drawing the examples")
     add("--batch-size", "--batch_size", type=positive, default=256, help="answers at once; halved if they do not fit")
     add("--max-new-tokens", "--max_new_tokens", type=positive, help="the task's, if not given")

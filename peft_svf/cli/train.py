@@ -33,7 +33,7 @@ from peft_svf.cli.data import (
 from peft_svf.cli.models import BaseModel, check_adapter, for_rows
 from peft_svf.cli.run_folder import RESULTS_FILE, RUN_FILE, check_output, write_json
 from peft_svf.cli.train_arguments import TrainArguments, TrainParser
-from peft_svf.hub_cards import ExpertResult, write_expert_card
+from peft_svf.cli.train_card import check_can_publish, publish, task_facts, write_card
 from peft_svf.trainers import SVFPolicyGradientConfig, SVFPolicyGradientTrainer
 from peft_svf.trainers.evaluation import Evaluation, evaluate
 from peft_svf.trainers.logs.progress import RewardProgressCallback
@@ -70,6 +70,8 @@ def run_train(words: Sequence[str]) -> None:
     check_output(output, run, arguments.resume)
     config = build_config(arguments, given, task)
     check_packages(config)
+    if config.push_to_hub:
+        check_can_publish(arguments.model, arguments.revision, given)
     base = BaseModel(
         arguments.model,
         arguments.revision,
@@ -173,6 +175,7 @@ def build_trainer(
         processing_class=processor,
         peft_config=None if arguments.adapter is not None else svf_config(arguments, base),
     )
+    trainer.card_facts = task_facts(task, arguments)
     if not config.disable_tqdm:
         RewardProgressCallback.attach(trainer, f"training the {task.label} expert")
     return trainer, processor
@@ -199,6 +202,7 @@ def train_and_report(
 ) -> None:
     """Train, save the expert unless it is no better than its start, compare it with the base model, and report."""
     output, config = Path(arguments.output), trainer.args
+    is_published, config.push_to_hub = config.push_to_hub, False  # once, in the end: with the results on its card
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     say(f"Training {parameters} parameters on {len(rows.train)} prompts of {task.name}, into {output}")
     sweep = trainer.sweep_kl(arguments.kl_sweep) if arguments.kl_sweep else None
@@ -230,12 +234,10 @@ def train_and_report(
             found["expert"] = results.result_entry(evaluations[1], evaluations[0])
     write_json(output / RESULTS_FILE, found)
     if improved:
-        write_card(trainer, task, output, evaluations)
-    else:
-        (output / "README.md").unlink(missing_ok=True)  # the card that comes with checkpoints, of an expert
-    for card in output.glob("kl-*/README.md"):  # of the runs of a sweep, whose winner is in `output`
-        card.unlink()
+        write_card(trainer, task, arguments, evaluations)
     print_outcome(trainer, output, evaluations, improved)
+    if is_published:
+        publish(trainer, output, improved)
 
 
 def compare(
@@ -305,31 +307,6 @@ def svf_facts(trainer: SVFPolicyGradientTrainer) -> dict[str, Any]:
         "target_modules": sorted(targets) if isinstance(targets, (set, list)) else targets,
         "layers_to_transform": config.layers_to_transform,
     }
-
-
-def write_card(
-    trainer: SVFPolicyGradientTrainer, task: Task, output: Path, evaluations: tuple[Evaluation, Evaluation] | None
-) -> None:
-    """The expert's card with what was measured."""
-    facts = training_card(trainer, task)
-    if evaluations is not None:
-        base, expert = evaluations
-        measured = ExpertResult(
-            f"{task.name}, test", base.prompts, base.success, base.interval, expert.success, expert.interval
-        )
-        facts = dataclasses.replace(facts, results=(measured,))
-    write_expert_card(output, facts)
-
-
-def training_card(trainer: SVFPolicyGradientTrainer, task: Task) -> Any:
-    """The trainer's own facts for a card, with the task's label and the time that training took."""
-    runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
-    return dataclasses.replace(
-        trainer._card_facts(None, task.name),
-        label=task.label,
-        training_seconds=runtime[-1] if runtime else None,
-        hardware=results.environment()["hardware"],
-    )
 
 
 def print_outcome(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -97,15 +98,24 @@ def read_json(path: Path, where: str, largest: int) -> dict[str, Any]:
     return content
 
 
+def pickles_only(names: Collection[str], where: str) -> ExpertError | None:
+    """The error of a folder with these files if its weights are pickles; `None` if they are not."""
+    pickles = sorted(name for name in names if PurePosixPath(name).suffix in PICKLED)
+    if not pickles or SAFETENSORS_WEIGHTS_NAME in names:
+        return None
+    return ExpertError(
+        f"{where} has {', '.join(pickles)} and no {SAFETENSORS_WEIGHTS_NAME}: pickles can run code and are never read."
+        " Ask for a safetensors file; `peft-svf import` converts checkpoints of the paper's code."
+    )
+
+
 def _check_there(path: Path, where: str) -> None:
     if path.is_file():
         return
-    pickles = [file.name for file in path.parent.iterdir() if file.suffix in PICKLED] if path.parent.is_dir() else []
-    if pickles and path.name == SAFETENSORS_WEIGHTS_NAME:
-        raise ExpertError(
-            f"{where} has {', '.join(pickles)} and no {path.name}: pickles can run code and are never read. Ask for a "
-            "safetensors file; `peft-svf import` converts checkpoints of the paper's code."
-        )
+    names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    pickles = pickles_only(names, where) if path.name == SAFETENSORS_WEIGHTS_NAME else None
+    if pickles is not None:
+        raise pickles
     raise ExpertError(f"{where} is incomplete: {path.name} is missing; get or save the expert again.")
 
 

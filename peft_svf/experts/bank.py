@@ -50,6 +50,9 @@ class ExpertBank(BankRouting, BankChanges):
         ExpertBankError: no SVF adapter, an unknown adapter, or a name or label that is reserved or used twice.
     """
 
+    commit: str | None = None
+    """The commit that a bank from the Hub was loaded from."""
+
     def __init__(
         self,
         model: PeftModel | PreTrainedModel,
@@ -140,21 +143,23 @@ class ExpertBank(BankRouting, BankChanges):
             ExpertBankError: the folder is missing, is no bank, has no experts or a broken config.json, an expert is
                 missing, is not SVF, or was trained on another base model.
         """
-        folder = bank_folder(folder_or_id, revision, token)
-        config = BankConfig.read(folder)
-        model, processing = load_base(folder, config, token, model_kwargs)
+        folder, commit = bank_folder(folder_or_id, revision, token)
+        config = BankConfig.read(folder, is_foreign=commit is not None)
+        model, processing, base_revision = load_base(folder, config, token, model_kwargs)
         for name in config.adapters:
             model = load_expert(model, folder / name, name, f"the bank {folder}")
-        return cls(
+        bank = cls(
             model,
             processing,
             config.experts,
             config.instruction,
-            config.base_revision,
+            base_revision,
             config.classifier,
             config.dispatcher,
             {name: read_facts(folder / name, f"expert '{name}' of the bank {folder}") for name in config.adapters},
         )
+        bank.commit = commit
+        return bank
 
     def save_pretrained(self, folder: str | Path, include_base: bool = False) -> Path:
         """

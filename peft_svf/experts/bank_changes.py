@@ -59,7 +59,7 @@ class BankChanges:
         check_entries({name: ExpertEntry(name if label is None else label, description)}, self.classifier)
         self._check_room(name, source is not None)
         place, facts = _found(source, revision, token)
-        experts = {**self.experts, name: _entry(name, label, description, facts)}
+        experts = {**self.experts, name: entry_of(name, label, description, facts)}
         check_entries(experts, self.classifier)
         self._load(name, place)
         self.facts = {**self.facts, name: facts}
@@ -193,7 +193,8 @@ def _found(
     return folder, read_facts(folder, f"the expert {source}")
 
 
-def _entry(name: str, label: str | None, description: str, facts: Mapping[str, Any]) -> ExpertEntry:
+def entry_of(name: str, label: str | None, description: str, facts: Mapping[str, Any]) -> ExpertEntry:
+    """The entry of a new expert: what is given, else what its facts say, else its name."""
     known = {key: value for key in ("label", "description") if isinstance(value := facts.get(key), str)}
     default = known.get("label", "").strip() or name
     return ExpertEntry(default if label is None else label, description or known.get("description", ""))

@@ -16,6 +16,8 @@ MODEL_TYPE = "transformer2"
 BASE_LABEL = "others"  # what unsure and foreign prompts get: the base model
 BASE_FOLDER = "base"
 LANGUAGE, VISION_LANGUAGE = "Transformer2ForCausalLM", "Transformer2ForImageTextToText"  # architectures of config.json
+_LARGEST_CONFIG = 16 * 2**20  # bytes
+_MODEL_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # also without an owner, like "gpt2"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")  # a folder name and a PyTorch module name, never a path
 _PIPELINES = {
     LANGUAGE: ("transformer2-generation", "Transformer2Pipeline", "AutoModelForCausalLM", "text"),
@@ -75,19 +77,32 @@ class BankConfig:
         return [*self.experts, *([] if self.classifier is None else [self.classifier])]
 
     @classmethod
-    def read(cls, folder: Path) -> BankConfig:
-        """Read and check `<folder>/config.json`; raises `ExpertBankError` that names the file and the fault."""
+    def read(cls, folder: Path, is_foreign: bool = False) -> BankConfig:
+        """
+        Read and check `<folder>/config.json`.
+
+        Args:
+            folder (`Path`): The bank's.
+            is_foreign (`bool`, *optional*, defaults to `False`):
+                Whether it comes from the Hub; then its base model is on the Hub too, or inside the bank.
+
+        Raises:
+            ExpertBankError: It is no bank, or damaged; the message names the file and the fault.
+        """
         path = folder / "config.json"
         if not path.is_file():
             raise ExpertBankError(f"{folder} is not a bank: it has no config.json. Write one with save_pretrained.")
         try:
+            if path.stat().st_size > _LARGEST_CONFIG:
+                raise ExpertBankError(f"{path} is larger than {_LARGEST_CONFIG:,} bytes, which no bank needs.")
             config = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ExpertBankError(f"{path} is not valid JSON ({error}); save the bank again.") from error
         if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
             raise ExpertBankError(f'{folder} is not a bank: config.json does not say "model_type": "{MODEL_TYPE}".')
         if not isinstance(config.get("base_model_name_or_path"), str):
             raise ExpertBankError(f"{path} has no base_model_name_or_path (a string).")
+        _check_base(config["base_model_name_or_path"], path, is_foreign)
         for name in ("base_revision", "instruction", "classifier"):
             if not isinstance(config.get(name), str | None):
                 raise ExpertBankError(f"{path}: {name} must be a string or null.")
@@ -162,6 +177,22 @@ def check_replaceable(folder: Path) -> None:
     """Raise an `ExpertBankError` if a bank saved to `folder` would replace something that is not a bank."""
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not _is_bank(folder))):
         raise ExpertBankError(f"{folder} exists and is not a bank; choose a new folder.")
+
+
+def _check_base(name: str, path: Path, is_foreign: bool) -> None:
+    """A base model is in the bank, on the Hub or, in a bank that was made here, in a folder with its whole path."""
+    if name == BASE_FOLDER or _MODEL_ID.fullmatch(name) or (Path(name).is_absolute() and not is_foreign):
+        return
+    if is_foreign and not _leads_up(name):
+        raise ExpertBankError(
+            f"{path.parent} has its base model in {name!r}, a folder of the computer that it was made on. Ask for it "
+            "to be pushed with push_bank, which names a model on the Hub or includes it."
+        )
+    raise ExpertBankError(f"{path}: base_model_name_or_path {name!r} is neither a Hub id nor '{BASE_FOLDER}'.")
+
+
+def _leads_up(name: str) -> bool:
+    return ".." in name.replace("\\", "/").split("/")
 
 
 def _read_experts(experts: Any, path: Path) -> dict[str, ExpertEntry]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -23,14 +22,34 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from peft_svf.experts.adapter_files import EXPERT_FILE, pickles_only
 from peft_svf.experts.bank_config import BASE_FOLDER, VISION_LANGUAGE, BankConfig, ExpertBankError
+from peft_svf.experts.download import Download, download, is_hub_id, matching, reach
+from peft_svf.experts.errors import ExpertError
 from peft_svf.tuner.adapted import wrapping_modules
 from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.rollback import Rollback
 
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_BANK_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickles, no code
+EXPERT_FILES = (*ADAPTER_FILES, EXPERT_FILE, "README.md")
+_PROCESSING_FILES = [  # of tokenizers and processors, at the root of a bank or in its base model's folder
+    "*token*.json",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    "*processor_config.json",
+]
+BANK_FILES = [  # no pickles, no code
+    "config.json",
+    "README.md",
+    *(f"*/{file}" for file in EXPERT_FILES),
+    *_PROCESSING_FILES,
+    *(f"{BASE_FOLDER}/{file}" for file in ("*config.json", "*.safetensors", "*.safetensors.index.json")),
+]
 
 
 def is_vision_language(model: PreTrainedModel) -> bool:
@@ -40,22 +59,50 @@ def is_vision_language(model: PreTrainedModel) -> bool:
 
 def load_base(
     folder: Path, config: BankConfig, token: str | None, model_kwargs: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
-    """The base model of the bank in `folder`, with the tokenizer or processor of the bank or else of the base."""
-    inside = (folder / config.base_model_name_or_path).resolve()  # wins over a Hub id of the same name
-    is_inside = inside.is_dir() and inside.is_relative_to(folder.resolve())
-    base = str(inside) if is_inside else config.base_model_name_or_path
-    hub = {} if Path(base).is_dir() else {"revision": config.base_revision, "token": token}
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin, str | None]:
+    """
+    The base model of the bank in `folder`, the tokenizer or processor of the bank or else of the base, and the
+    revision of a base model on the Hub: the one that the bank names, or else the commit that was loaded.
+    """
+    base, hub = _base_of(folder, config, token)
     has_images = config.architecture == VISION_LANGUAGE
     auto_model = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
     try:
         model = auto_model.from_pretrained(base, **hub, **model_kwargs)
+        commit = getattr(model.config, "_commit_hash", None) if hub else None
         own = any((folder / file).is_file() for file in ("tokenizer_config.json", "processor_config.json"))
-        source, options = (folder, {}) if own else (base, hub)
-        processing = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(source, **options)
+        source, options = (folder, {}) if own else (base, {**hub, "revision": commit or config.base_revision})
+        processing = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(
+            source, **(options if hub else {})
+        )
     except (OSError, SafetensorError) as error:
         raise ExpertBankError(f"The bank {folder} cannot load its base model {base!r}: {error}") from error
-    return model, processing
+    return model, processing, config.base_revision or commit
+
+
+def _base_of(folder: Path, config: BankConfig, token: str | None) -> tuple[str, dict[str, Any]]:
+    """The folder or Hub id of a bank's base model, and the options that load it."""
+    name = config.base_model_name_or_path
+    inside = (folder / name).resolve()  # wins over a Hub id of the same name
+    if inside.is_dir() and inside.is_relative_to(folder.resolve()):
+        return str(inside), {}
+    return find_base(name, config.base_revision, token, f"the bank {folder}")
+
+
+def find_base(name: str | None, revision: str | None, token: str | None, where: str) -> tuple[str, dict[str, Any]]:
+    """
+    The base model that an expert or bank names, and the options that load it: none for a folder.
+
+    Raises:
+        HubError: it is on the Hub, which does not have it or does not show it.
+        ExpertBankError: it is not named, or lies in the bank that an expert was taken from.
+    """
+    if name and Path(name).is_dir():
+        return name, {}
+    if not name or name == BASE_FOLDER or not is_hub_id(name, needs_owner=False):
+        raise ExpertBankError(f"T{where[1:]} cannot load its base model {name!r}: there is no such folder.")
+    is_reachable = reach(name, revision, token, f"the base model of {where}")
+    return name, {"revision": revision, "token": token, "local_files_only": not is_reachable}
 
 
 def processing_of(model: PeftModel | PreTrainedModel) -> PreTrainedTokenizerBase | ProcessorMixin:
@@ -70,24 +117,51 @@ def processing_of(model: PeftModel | PreTrainedModel) -> PreTrainedTokenizerBase
         raise ExpertBankError(f"No {name} found with the base model ({source!r}); pass {name}=...") from error
 
 
-def bank_folder(folder_or_id: str | Path, revision: str | None, token: str | None) -> Path:
-    """The folder of a bank, downloaded if it is on the Hub."""
+def bank_folder(folder_or_id: str | Path, revision: str | None, token: str | None) -> tuple[Path, str | None]:
+    """The folder of a bank and, if it is on the Hub, its commit."""
     folder = Path(folder_or_id)
     if folder.is_dir():
-        return folder.absolute()
-    if not _is_hub_id(folder_or_id):
+        return folder.absolute(), None
+    if not is_hub_id(folder_or_id):
         raise ExpertBankError(f"There is no bank folder {folder_or_id} (and it is no Hub id, user/name).")
-    return _download(str(folder_or_id), revision, token, _BANK_FILES, "a bank")
+    found = download(str(folder_or_id), revision, token, BANK_FILES, "a bank")
+    if found.files and "config.json" not in found.files:
+        raise ExpertBankError(f"{found.repo_id} is not a bank: it has no config.json.{_what_it_has(found)}")
+    return found.folder, found.commit
 
 
-def expert_folder(folder_or_id: str | Path, revision: str | None, token: str | None) -> Path:
-    """The folder of one adapter, downloaded if it is on the Hub."""
+def expert_folder(
+    folder_or_id: str | Path, revision: str | None, token: str | None, subfolder: str | None = None
+) -> Path:
+    """The folder of one adapter, downloaded if it is on the Hub; `subfolder` is where a bank has it."""
+    within = PurePosixPath(subfolder or "")
+    if within.is_absolute() or ".." in within.parts:
+        raise ExpertError(f"subfolder='{subfolder}' leads out of {folder_or_id}; it is the name of a folder in it.")
     folder = Path(folder_or_id)
     if folder.is_dir():
-        return folder.absolute()
-    if not _is_hub_id(folder_or_id):
+        return folder.absolute() / within
+    if not is_hub_id(folder_or_id):
         raise ExpertBankError(f"There is no expert in {folder_or_id}: no such folder (and no Hub id, user/name).")
-    return _download(str(folder_or_id), revision, token, list(ADAPTER_FILES), "an expert")
+    wanted = [str(within / file) for file in EXPERT_FILES]
+    found = download(str(folder_or_id), revision, token, wanted, "an expert")
+    where = f"{found.repo_id}/{within}" if within.parts else found.repo_id
+    beside = [name for name in found.files if PurePosixPath(name).parent == within]
+    pickles = pickles_only([PurePosixPath(name).name for name in beside], f"the expert {where}")
+    if pickles is not None:
+        raise pickles
+    if found.files and wanted[0] not in found.files:
+        raise ExpertError(f"{where} is no expert: it has no {ADAPTER_FILES[0]}.{_what_it_has(found)}")
+    return found.folder / within
+
+
+def _what_it_has(found: Download) -> str:
+    """What to load from a repository instead, for the end of a message."""
+    if ADAPTER_FILES[0] in found.files:
+        return f" It is an expert: Expert.from_pretrained('{found.repo_id}'), or bank.add(name, '{found.repo_id}')."
+    experts = matching(found.files, ADAPTER_FILES[0])
+    if experts:
+        return f" It has experts in folders: pass subfolder={' or '.join(repr(name) for name in experts[:5])}."
+    return " Check the name."
 
 
 def load_expert(model: PreTrainedModel | PeftModel, folder: Path, name: str, where: str) -> PeftModel:
@@ -162,21 +236,6 @@ def _undone_on_failure(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             del model.peft_config[name]
         tuner.targeted_module_names, tuner.targeted_parameter_names = targets
         raise
-
-
-def _is_hub_id(folder_or_id: str | Path) -> bool:
-    return isinstance(folder_or_id, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_id) is not None
-
-
-def _download(repository: str, revision: str | None, token: str | None, patterns: list[str], what: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:  # one commit, then local files only
-        return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise ExpertBankError(
-            f"{repository} is neither a folder here nor {what} that can be downloaded: {error}"
-        ) from error
 
 
 def adapter_types(model: PreTrainedModel | PeftModel) -> dict[str, str]:

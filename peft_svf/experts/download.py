@@ -1,4 +1,4 @@
-"""Download: the files of one commit of a repository on the Hub, checked before they are fetched, in the Hub's cache."""
+"""Download: files of one commit on the Hub, checked before they are fetched, in the Hub's cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id  # type: ignore[attr-defined]
 
 from peft_svf.experts.bank_config import BASE_FOLDER
 from peft_svf.experts.errors import HubError
@@ -66,9 +66,9 @@ class _Listing:
     sizes: Mapping[str, int]
 
 
-def is_hub_id(folder_or_id: str | Path) -> bool:
-    """Whether it can be a repository with an owner, "user/name"."""
-    if not isinstance(folder_or_id, str) or folder_or_id.count("/") != 1:
+def is_hub_id(folder_or_id: str | Path, needs_owner: bool = True) -> bool:
+    """Whether it can be a repository, "user/name"; old base models like "gpt2" have no owner."""
+    if not isinstance(folder_or_id, str) or (needs_owner and folder_or_id.count("/") != 1):
         return False
     try:
         validate_repo_id(folder_or_id)
@@ -150,8 +150,8 @@ def hub_error(error: BaseException, repo_id: str, revision: str, what: str) -> H
         return HubError(f"{asked}: it is gated. Accept its terms at {address}, and {LOG_IN} with that account.")
     if isinstance(error, RepositoryNotFoundError):
         return HubError(
-            f"{asked}: there is no such folder here, and the Hub ({constants.ENDPOINT}) has no such repository or does "
-            f"not show it to you. Check the name; if it is private, {LOG_IN}."
+            f"{asked}: there is no such folder here, and the Hub ({constants.ENDPOINT}) has no such repository or "
+            f"does not show it to you. Check the name; if it is private, {LOG_IN}."
         )
     if isinstance(error, RevisionNotFoundError):
         return HubError(f"{asked}: it has no branch, tag or commit '{revision}'; see {address}/commits/main.")
@@ -198,9 +198,7 @@ def _cached_commit(repo_id: str, commit: str, patterns: list[str]) -> Download |
 def _from_cache(repo_id: str, revision: str, patterns: list[str], error: Exception) -> Download:
     """What the cache has of a revision, now that the Hub cannot be asked."""
     try:
-        folder = Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=True)
-        )
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError) as missing:
         offline = isinstance(error, OfflineModeIsEnabled)
         reason = (
@@ -220,9 +218,10 @@ def _from_cache(repo_id: str, revision: str, patterns: list[str], error: Excepti
 def _check_listing(listing: _Listing, patterns: list[str], where: str, what: str) -> None:
     """Refuse what would be written outside of the cache's folder for the commit, or is too large to be `what`."""
     for path in listing.sizes:
-        parts = PurePosixPath(path).parts
-        if path.startswith("/") or ".." in parts or "\\" in path or ":" in path.split("/")[0] or not path.isprintable():
-            raise HubError(f"{where} has a file {path!r}, which would be written outside of its folder: do not use it.")
+        if not _stays_inside(path):
+            raise HubError(
+                f"{where} has a file {path!r}, which would be written outside of its folder: do not use it."
+            )
     wanted: list[str] = list(filter_repo_objects(listing.sizes, allow_patterns=patterns))
     if len(wanted) > MOST_FILES:
         raise HubError(f"{where} has {len(wanted):,} files to download, more than {what} has: at most {MOST_FILES:,}.")
@@ -239,6 +238,12 @@ def _check_listing(listing: _Listing, patterns: list[str], where: str, what: str
         raise HubError(f"{where} has {total:,} bytes, more than {what} needs (at most {LARGEST_TOTAL:,}). {by_hand}")
 
 
+def _stays_inside(path: str) -> bool:
+    """Whether a path in a repository is one below its folder, on any system."""
+    parts = PurePosixPath(path).parts
+    return path.isprintable() and not (path.startswith("/") or ".." in parts or "\\" in path or ":" in parts[0])
+
+
 def _is_base(path: str) -> bool:
     """Whether it is weights of the base model in a bank, which may be as large as models are."""
     return path.startswith(f"{BASE_FOLDER}/") and path.endswith(".safetensors")
@@ -250,8 +255,8 @@ def _check_links(folder: Path, repo_id: str) -> None:
     for path in folder.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(storage):
             raise HubError(
-                f"In the cache of {repo_id}, {path} leads out of it, to {path.resolve()}: delete {storage} and load it "
-                "again."
+                f"In the cache of {repo_id}, {path} leads out of it, to {path.resolve()}: delete {storage} and load "
+                "it again."
             )
 
 

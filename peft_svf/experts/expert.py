@@ -92,7 +92,12 @@ class Expert:
 
     @classmethod
     def from_pretrained(
-        cls, folder_or_id: str | Path, *, revision: str | None = None, token: str | None = None
+        cls,
+        folder_or_id: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        subfolder: str | None = None,
     ) -> Expert:
         """
         Load an expert; nothing of its base model is needed.
@@ -101,13 +106,14 @@ class Expert:
             folder_or_id (`str` or `Path`): The folder of an SVF adapter, or a Hub id.
             revision (`str`, *optional*): Branch, tag or commit, for a Hub id.
             token (`str`, *optional*): Hub token.
+            subfolder (`str`, *optional*): Where it lies in there, like the name of an expert of a bank.
 
         Raises:
             ExpertError: There is no such expert, it is damaged or not SVF, or trained in the parametrization
                 "sigmoid", in which z depends on the base model too: load it with the model, then `Expert.from_model`.
         """
-        folder = expert_folder(folder_or_id, revision, token)
-        where = f"the expert {folder_or_id}"
+        folder = expert_folder(folder_or_id, revision, token, subfolder)
+        where = f"the expert {folder_or_id}" + (f"/{subfolder}" if subfolder else "")
         config, offsets, others = read_adapter(folder, where)
         if config.parametrization != "offset":
             raise ExpertError(

@@ -139,7 +139,7 @@ def _checked_weights(bank: ExpertBank, weights: Mapping[str, float] | None) -> d
 def _base_name(bank: ExpertBank, target: Path, include_base: bool) -> str:
     """The base model as mergekit names models: a folder, or an id on the Hub with "@revision"."""
     if include_base:
-        return BASE_FOLDER
+        return f"./{BASE_FOLDER}"  # "./": mergekit would ask the Hub whether it has a model "base"
     base = base_reference(bank, target)
     if "+" in base or "@" in base:
         raise ExpertError(f"mergekit takes the + and @ in {base!r} for something else; pass include_base=True.")
@@ -156,7 +156,7 @@ def _recipe(
         raise ExpertError(f"`density` is a share in (0, 1] and for {', '.join(SPARSE)} only, got {density}.")
     keeps = {} if density is None else {"density": density}
     models = [
-        {"model": f"{base}+{name}" if is_lora else name, "parameters": {"weight": weight, **keeps}}
+        {"model": f"{base}+./{name}" if is_lora else f"./{name}", "parameters": {"weight": weight, **keeps}}
         for name, weight in weights.items()
     ]
     if merge_method == "linear":  # which has no base model: that is one of the models, with the rest of the weight

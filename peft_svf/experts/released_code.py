@@ -309,7 +309,7 @@ def _origin(source: Path, found: _Vectors, round_mask: bool, matrices: int) -> d
     return {
         "operation": "import",
         "formula": f"z = m · Σσ / Σ(σ·m), m = {m}",
-        "sources": [{"file": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}],
+        "sources": [{"name": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}],
         "settings": {
             "code": "github.com/SakanaAI/self-adaptive-llms",
             "kind": found.kind,

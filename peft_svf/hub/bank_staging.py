@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 
-from peft_svf.experts.adapter_files import read_facts
+from peft_svf.experts.adapter_files import read_facts, read_json
 from peft_svf.experts.bank_config import BASE_FOLDER, BankConfig, ExpertBankError
 from peft_svf.experts.errors import HubError
+from peft_svf.experts.expert import write_facts
 from peft_svf.hub.base_reference import BaseReference, find_base
-from peft_svf.hub.facts import published_facts
-from peft_svf.hub.layout import OF_CARD, OF_EXPERT, PROCESSING
-from peft_svf.hub.staging import copy_files, finish_expert
+from peft_svf.hub.facts import as_mapping, published_facts, without_local_paths
+from peft_svf.hub.layout import BANK_FILE, OF_CARD, OF_EXPERT, PROCESSING
+from peft_svf.hub.staging import check_expert, copy_files, refer_to
 
 
 if TYPE_CHECKING:
@@ -79,23 +80,42 @@ def stage_bank(source: ExpertBank | Path, folder: Path, base: BaseReference) -> 
     replace(config, base_model_name_or_path=base.model, base_revision=base.revision).write(folder)
 
 
-def finish_bank(
-    folder: Path, base: BaseReference, given: dict[str, Any], repo_id: str, local_base: str | None
-) -> None:
-    """Complete the staged experts and the bank itself with facts and cards, and read everything back."""
-    from peft_svf.hub_cards import write_bank_card
+def finish_bank(folder: Path, base: BaseReference, given: Any, repo_id: str, local_base: str | None) -> None:
+    """
+    Complete the staged experts and the bank itself with facts and cards, and read everything back.
+
+    Args:
+        folder (`Path`): Written by [`stage_bank`]; changed in place.
+        base ([`BaseReference`]): The base model.
+        given (`Mapping[str, Any]` or `BankCardData`, *optional*): What is known of the bank as a whole.
+        repo_id (`str`): Where it will be.
+        local_base (`str`, *optional*): Where this machine has the base model.
+    """
+    from peft_svf.hub_cards import write_bank_card, write_expert_card  # not before they are needed: they can draw
 
     config = BankConfig.read(folder)
-    unknown = sorted(set(given) - set(config.adapters))
-    if unknown:
-        raise HubError(f"facts are given for '{unknown[0]}', but the bank's experts are {', '.join(config.adapters)}.")
     for name in config.adapters:
-        what, entry = f"expert '{name}' of the bank", config.experts.get(name)
+        what, entry = _what(name), config.experts.get(name)
         defaults = {"label": entry.label, "description": entry.description or None} if entry else {}
-        facts = published_facts(read_facts(folder / name, what), given.get(name), name, None, base, defaults)
-        finish_expert(folder / name, base, facts, what, local_base)
-    write_bank_card(folder, {"repo_id": repo_id})
+        facts = published_facts(read_facts(folder / name, what), None, name, None, base, defaults)
+        refer_to(folder / name, base, what, local_base)
+        write_facts(folder / name, facts)
+    if config.classifier is not None:
+        write_expert_card(folder / config.classifier, bank=repo_id)
+    said: dict[str, Any] = {"name": repo_id.split("/")[1], **_recorded(folder), **as_mapping(given)}
+    write_bank_card(folder, {**without_local_paths(said), "repo_id": repo_id})
+    for name in config.adapters:
+        check_expert(folder / name, _what(name))
     BankConfig.read(folder)
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    path = folder / BANK_FILE
+    return read_json(path, "the bank", path.stat().st_size) if path.is_file() else {}
+
+
+def _what(name: str) -> str:
+    return f"expert '{name}' of the bank"
 
 
 def _stage_live(bank: ExpertBank, folder: Path, base: BaseReference) -> None:
@@ -109,7 +129,7 @@ def copy_bank(source: Path, folder: Path, keeps_base: bool) -> None:
     """Copy a bank's own files, without code and without whatever else lies in its folder."""
     config = BankConfig.read(source)
     folder.mkdir(parents=True, exist_ok=True)
-    copy_files(source, folder, ("config.json", *OF_CARD))
+    copy_files(source, folder, ("config.json", BANK_FILE, *OF_CARD))
     for name in config.adapters:
         if not (source / name).is_dir():
             raise ExpertBankError(f"The bank {source} is incomplete: its expert '{name}' is missing; save it again.")

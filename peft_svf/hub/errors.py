@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import httpx
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from peft_svf.experts.download import is_unreachable
 from peft_svf.experts.errors import HubError
 
 
 TOKENS = "https://huggingface.co/settings/tokens"
 LOG_IN = f"log in with `hf auth login`, or set HF_TOKEN to a token with write access from {TOKENS}"
-UNREACHABLE = (httpx.TransportError, ConnectionError, TimeoutError)
+# Of whichever HTTP library this version of huggingface_hub is built on; OSError covers the Hub's own answers
+_HTTP_ERROR: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+HUB_FAULTS: tuple[type[Exception], ...] = (_HTTP_ERROR, OSError)
 
 
 @contextmanager
@@ -29,13 +31,8 @@ def as_hub_errors(doing: str, note: str = "") -> Iterator[None]:
         yield
     except HubError:
         raise
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+    except (*HUB_FAULTS, ValueError) as error:
         raise HubError(f"Cannot {doing}: {_reason(error)}{note}") from error
-
-
-def is_uncertain(error: BaseException) -> bool:
-    """Whether a request may have been carried out although no answer came."""
-    return isinstance(error, UNREACHABLE) or (status_of(error) or 0) >= 500
 
 
 def status_of(error: BaseException) -> int | None:
@@ -49,7 +46,7 @@ def _reason(error: Exception) -> str:
         return "HF_HUB_OFFLINE is set; unset it to reach the Hub."
     if isinstance(error, LocalTokenNotFoundError):
         return f"there is no token; {LOG_IN}."
-    if isinstance(error, UNREACHABLE):
+    if status is None and is_unreachable(error):
         return f"the Hub cannot be reached, or the connection broke ({told}); try again, nothing is sent twice."
     if status == 401:
         return f"the Hub does not accept the token ({told}); {LOG_IN}."

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft_svf.experts.errors import HubError
 from peft_svf.hub.base_reference import BaseReference
 
 
@@ -33,7 +34,7 @@ def published_facts(
         base ([`BaseReference`]): Its base model.
         defaults (`Mapping[str, Any]`, *optional*): For what is neither recorded nor given.
     """
-    said = {} if given is None else given if isinstance(given, Mapping) else given.to_metadata()
+    said = as_mapping(given)
     facts: dict[str, Any] = {"name": name, **(defaults or {})}
     for source in (recorded, said):
         facts.update({key: value for key, value in source.items() if value not in (None, "", [], {})})
@@ -41,6 +42,15 @@ def published_facts(
         facts["repo_id"] = repo_id
     facts["base_model"], facts["base_revision"] = base.model, base.revision
     return without_local_paths(facts)
+
+
+def as_mapping(facts: Any) -> Mapping[str, Any]:
+    """Facts that somebody gives: a mapping, the data of a card, or nothing."""
+    if facts is None or isinstance(facts, Mapping):
+        return facts or {}
+    if not hasattr(facts, "to_metadata"):
+        raise HubError(f"facts are a mapping or the data of a card (ExpertCardData, BankCardData), not {facts!r:.80}.")
+    return dict(facts.to_metadata())
 
 
 def without_local_paths(value: Any) -> Any:

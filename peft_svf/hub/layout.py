@@ -9,13 +9,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from peft_svf.experts.adapter_files import EXPERT_FILE
 from peft_svf.experts.bank_config import BASE_FOLDER
+from peft_svf.hub_cards.bank_facts import BANK_FILE
+from peft_svf.hub_cards.card_files import CARD, CONFUSION, EVAL_RESULTS, LEARNING_CURVE, LEVERS
 
 
 EXPERT, BANK = "an expert", "a bank"
-ADAPTER, CARD = CONFIG_NAME, "README.md"
-RESULTS = ".eval_results"
-PICTURES = ("levers.png", "moved_components.png", "learning_curve.png", "confusion_matrix.png")
-OF_CARD = (CARD, *PICTURES, f"{RESULTS}/*.yaml")
+ADAPTER = CONFIG_NAME
+OF_CARD = (CARD, LEVERS, LEARNING_CURVE, CONFUSION, f"{EVAL_RESULTS}/*.yaml")
 OF_EXPERT = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, EXPERT_FILE, *OF_CARD)
 PICKLE = WEIGHTS_NAME  # of an older push by PEFT, beside which no safetensors file would be read
 STUBS = ("modeling_transformer2.py", "transformer2.py")
@@ -37,7 +37,7 @@ PROCESSING = (  # what transformers writes for tokenizers and processors
     "video_preprocessor_config.json",
     "additional_chat_templates/*.jinja",
 )
-OF_BANK = ("config.json", *STUBS, *PROCESSING)
+OF_BANK = ("config.json", BANK_FILE, *STUBS, *PROCESSING)
 
 
 def is_ours_of_expert(path: str) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from peft_svf.experts.adapter_files import read_config, read_json
 from peft_svf.experts.bank_config import BASE_FOLDER, MODEL_TYPE, BankConfig, check_replaceable
+from peft_svf.experts.download import Download, download
 from peft_svf.experts.errors import ExpertError
 from peft_svf.experts.expert import Expert
 from peft_svf.experts.files import make_readable, replaced_folder
@@ -15,9 +15,6 @@ from peft_svf.hub.bank_staging import copy_bank
 from peft_svf.hub.layout import ADAPTER, BANK, EXPERT, OF_BANK, OF_CARD, OF_EXPERT, PROCESSING, is_ours_of_expert
 from peft_svf.hub.staging import check_expert, copy_files
 
-
-if TYPE_CHECKING:
-    from peft_svf.experts.download import Download
 
 _LARGEST_CONFIG = 64 * 2**20  # bytes
 _WEIGHTS = ("*.safetensors", "*.json")  # of a base model inside a bank; no pickles, no code
@@ -75,8 +72,6 @@ def pull(
         HubError: There is no such repository or revision, or it cannot be downloaded.
         ExpertError: It is damaged or not acceptable, or the folder holds something else. Nothing is written there.
     """
-    from peft_svf.experts.download import download
-
     target = None if folder is None else Path(folder).absolute()
     first = download(repo_id, revision, token, ["config.json", ADAPTER], "an expert or a bank")
     kind = _kind_of(first)

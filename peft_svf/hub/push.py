@@ -59,7 +59,9 @@ def push_expert(
         base_model (`str`, *optional*):
             Hub id of the base model. By default it is found: from how the base model was loaded, or what the expert
             says. Needed if the base model was loaded from a folder.
-        base_revision (`str`, *optional*): Commit of the base model; by default the one it was loaded from.
+        base_revision (`str`, *optional*):
+            Commit of the base model. By default the one that the expert records, or that this machine has in the
+            Hub's cache; with `base_model`, the newest.
         private (`bool`, *optional*): Whether a new repository is private; one that exists stays as it is.
         token (`str`, *optional*): Hub token; by default the one of `hf auth login` or HF_TOKEN.
         branch (`str`, *optional*, defaults to `"main"`): Created if there is none.
@@ -133,7 +135,7 @@ def push_bank(
     create_pr: bool = False,
     collection: str | None = None,
     tags: Sequence[str] = (),
-    facts: Mapping[str, Any] | None = None,
+    facts: Any = None,
 ) -> Pushed:
     """
     Put a bank on the Hub in one commit, so that its id is all that `pipeline` and `ExpertBank.from_pretrained` need.
@@ -145,7 +147,8 @@ def push_bank(
     Args:
         bank_or_folder ([`~peft_svf.ExpertBank`], `str` or `Path`): The bank, or the folder it was saved in.
         include_base (`bool`, *optional*, defaults to `False`): Put the base model into the repository, too.
-        facts (`Mapping[str, Any]`, *optional*): By expert, what [`push_expert`] takes as `facts`.
+        facts (`Mapping` or [`~peft_svf.hub_cards.BankCardData`], *optional*):
+            What the bank's card says of the bank as a whole: name, description, license, confusion.
         repo_id, base_model, base_revision, private, token, branch, tag, commit_message, commit_description, create_pr,
         collection, tags: As in [`push_expert`].
 
@@ -170,7 +173,7 @@ def push_bank(
     with tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary) / "repository"
         stage_bank(source, staging, base)
-        finish_bank(staging, base, dict(facts or {}), destination.repo_id, local)
+        finish_bank(staging, base, facts, destination.repo_id, local)
         places = {temporary, *(str(Path(place).absolute()) for place in (local, source) if _is_folder(place))}
         seal(staging, destination.tags, sorted(places))
         return upload(staging, destination, BANK)

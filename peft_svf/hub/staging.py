@@ -74,7 +74,7 @@ def check_expert(folder: Path, what: str) -> None:
 def refer_to(folder: Path, base: BaseReference, what: str, local_base: str | None = None) -> None:
     """Let the config of a staged adapter name its base model as others can load it; for inference, with a task."""
     path = folder / CONFIG_NAME
-    read_config(folder, what)
+    read_config(folder, what).save_pretrained(str(folder))  # with every field of this version
     config = json.loads(path.read_text("utf-8"))
     config["basis_source"] = _published_source(config, base, what, local_base)
     config["base_model_name_or_path"], config["revision"] = base.model, base.revision

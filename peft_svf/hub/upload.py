@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
-from huggingface_hub.errors import HfHubHTTPError
 
+from peft_svf.experts.download import is_unreachable
 from peft_svf.experts.errors import HubError
 from peft_svf.hub.collection import add_to_collection
 from peft_svf.hub.destination import Destination, Pushed
-from peft_svf.hub.errors import UNREACHABLE, as_hub_errors, is_uncertain
+from peft_svf.hub.errors import HUB_FAULTS, as_hub_errors
 from peft_svf.hub.layout import CARD
 from peft_svf.hub.remote import Remote, read_remote
 
@@ -81,8 +81,8 @@ def _commit(staged: dict[str, Path], before: Remote, destination: Destination, k
         )
     try:
         made = _send(changed, left_over, before, destination, kind)
-    except (HfHubHTTPError, *UNREACHABLE) as error:
-        arrived = _arrived(staged, before, destination, kind) if is_uncertain(error) else None
+    except HUB_FAULTS as error:
+        arrived = _arrived(staged, before, destination, kind) if is_unreachable(error) else None
         if arrived is None:
             raise
         return Pushed(url, arrived, destination.repo_id)
@@ -114,7 +114,7 @@ def _arrived(staged: dict[str, Path], before: Remote, destination: Destination, 
         return None
     try:
         now = read_remote(destination)
-    except (HfHubHTTPError, HubError, *UNREACHABLE):
+    except (HubError, *HUB_FAULTS):
         return None
     is_there = now.head != before.head and not now.changed(staged) and not now.left_over(staged, kind)
     return now.head if is_there else None

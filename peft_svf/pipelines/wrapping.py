@@ -10,9 +10,11 @@ from peft import PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model_sta
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from peft_svf.experts.adapter_files import read_config
 from peft_svf.experts.bank import ExpertBank, ExpertBankError
 from peft_svf.experts.bank_config import BASE_FOLDER
-from peft_svf.experts.bank_loading import load_expert
+from peft_svf.experts.bank_loading import ADAPTER_FILES, BANK_FILES, EXPERT_FILES, find_base, load_expert
+from peft_svf.experts.download import download, is_hub_id
 from peft_svf.tuner.names import PEFT_PREFIX
 
 
@@ -92,9 +94,9 @@ def _offsets_of(model: Any, name: str) -> dict[str, Any]:
 
 def _from_checkpoint(folder_or_id: str | Path) -> Any:
     """A bank, or the model with the adapter of a repository that holds one adapter at its root."""
-    if isinstance(folder_or_id, Path) and not folder_or_id.is_dir():
-        return ExpertBank.from_pretrained(folder_or_id)  # says what is wrong
     folder = Path(folder_or_id)
+    if not folder.is_dir():
+        return _from_hub(folder_or_id)
     if not (folder / "config.json").is_file() and find_adapter_config_file(str(folder_or_id)) is not None:
         if _base_of(folder) == BASE_FOLDER and (base := folder.absolute().parent / BASE_FOLDER).is_dir():
             return load_expert(
@@ -104,9 +106,22 @@ def _from_checkpoint(folder_or_id: str | Path) -> Any:
     return ExpertBank.from_pretrained(folder_or_id)
 
 
+def _from_hub(folder_or_id: str | Path) -> Any:
+    """The same from one commit of a repository on the Hub; an expert gets the revision of the base that it names."""
+    if not is_hub_id(folder_or_id):
+        return ExpertBank.from_pretrained(folder_or_id)  # says what is wrong
+    found = download(str(folder_or_id), None, None, [*BANK_FILES, *EXPERT_FILES], "a bank or an expert")
+    if (found.folder / "config.json").is_file() or not (found.folder / ADAPTER_FILES[0]).is_file():
+        return ExpertBank.from_pretrained(folder_or_id, revision=found.commit)
+    where = f"the expert {folder_or_id}"
+    config = read_config(found.folder, where)
+    base, hub = find_base(config.base_model_name_or_path, config.revision, None, where)
+    return load_expert(AutoModelForCausalLM.from_pretrained(base, **hub), found.folder, NAMELESS, where)
+
+
 def _base_of(folder: Path) -> str | None:
     """The base model that an adapter in a local folder names; an expert inside a bank names the folder beside it."""
-    return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path if folder.is_dir() else None
+    return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
 
 
 def _check_causal_lm(model: Any) -> None:

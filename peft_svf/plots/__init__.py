@@ -4,7 +4,7 @@ from peft_svf.plots.canvas import check_picture
 from peft_svf.plots.confusion_matrix import confusion_matrix_figure, plot_confusion_matrix
 from peft_svf.plots.learning_curve import learning_curve_figure, plot_learning_curve
 from peft_svf.plots.levers import Levers, levers, levers_figure, plot_levers
-from peft_svf.plots.levers_table import LeverTotals, grid_text, lever_totals, levers_table
+from peft_svf.plots.levers_table import LeverTotals, grid_text, lever_totals, levers_table, signed
 from peft_svf.plots.mixture_weights import mixture_weights_figure, plot_mixture_weights
 from peft_svf.plots.moved_components import moved_components, moved_components_figure, plot_moved_components
 from peft_svf.plots.spectra import Spectra, read_spectra, relative_changes
@@ -34,5 +34,6 @@ __all__ = [
     "plot_spectra",
     "read_spectra",
     "relative_changes",
+    "signed",
     "spectra_figure",
 ]

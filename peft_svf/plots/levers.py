@@ -115,7 +115,7 @@ def levers_figure(
     components from the largest singular values (left) to the smallest. Above, the mean of z − 1, red where the expert
     strengthens and blue where it weakens (white is the base model, z = 1); below, how far z is from 1, whichever way:
     a group whose components move in both directions is pale above and dark below. Hatched is what the expert does
-    not adapt. The picture is this package's own; what it shows is the z of Transformer² (arXiv 2501.06252, section 3.1).
+    not adapt. The picture is this package's own; it shows the z of Transformer² (arXiv 2501.06252, section 3.1).
 
     Args:
         expert ([`~peft_svf.experts.Expert`]): The expert; offsets of shape (k,), or (E, k) for fused parameters.

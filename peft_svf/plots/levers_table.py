@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -148,15 +149,17 @@ def _most_moved(offsets: Mapping[str, Tensor], most: int) -> list[MovedComponent
     return sorted(found, key=lambda one: (-abs(one.offset), one.module, one.matrix or 0, one.component))[:most]
 
 
+def signed(value: float, decimals: int) -> str:
+    """A number with its sign, as wide for 0 as for others; with a true minus."""
+    text = f"{value:+.{decimals}f}"
+    return text.replace("-", "−") if float(text) else f" {abs(float(text)):.{decimals}f}"
+
+
 def _format_of(largest: float, digits: int = 3) -> Callable[[float], str]:
     """With a sign, and as many decimals as show the largest number with so many digits, at least as many decimals."""
     decimals = digits if not largest else min(max(digits, digits - 1 - math.floor(math.log10(abs(largest)))), 12)
 
-    def number(value: float) -> str:
-        text = f"{value:+.{decimals}f}"
-        return text.replace("-", "−") if float(text) else f" {abs(float(text)):.{decimals}f}"
-
-    return number
+    return partial(signed, decimals=decimals)
 
 
 def _totals_text(totals: LeverTotals, number: Callable[[float], str]) -> str:

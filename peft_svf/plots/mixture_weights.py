@@ -107,7 +107,7 @@ def _stack(axes: Axes, rows: list[list[float]], experts: list[str]) -> None:
         axes.bar(range(len(rows)), parts, 0.8, bottoms, color=color, label=plain(name), edgecolor=edge, linewidth=0.6)
         for i, (part, bottom) in enumerate(zip(parts, bottoms, strict=True)):
             if len(rows) <= MOST_TEXTS and abs(part) >= LEAST_PART * highest:
-                options = {"ha": "center", "va": "center", "fontsize": TINY, "color": _on(color)}
+                options: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": TINY, "color": _on(color)}
                 axes.text(i, bottom + part / 2, f"{part:.2f}".replace("-", "−"), **options)
         ups = [up + max(part, 0.0) for up, part in zip(ups, parts, strict=True)]
         downs = [down + min(part, 0.0) for down, part in zip(downs, parts, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -129,4 +129,5 @@ def _samples(n: int) -> list[Line2D]:
     """Lines for the legend."""
     from matplotlib.lines import Line2D
 
-    return [Line2D([], [], color=color, linestyle=STYLES[i % len(STYLES)]) for i, color in enumerate(colors(n))]
+    styles: list[Any] = [STYLES[i % len(STYLES)] for i in range(n)]
+    return [Line2D([], [], color=color, linestyle=style) for color, style in zip(colors(n), styles, strict=True)]

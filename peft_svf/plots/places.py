@@ -1,4 +1,4 @@
-"""Where the weights of a model lie: module names sorted into layers and roles, for the rows and columns of pictures."""
+"""Where the weights of a model lie: module names sorted into layers and roles, the rows and columns of pictures."""
 
 from __future__ import annotations
 

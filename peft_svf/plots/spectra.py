@@ -106,7 +106,8 @@ def read_spectra(
 
     live = isinstance(source, nn.Module)
     weights = _of_model(source, names) if isinstance(source, nn.Module) else _of_checkpoint(source, names)
-    values, sketches = {}, {}
+    values: dict[str, Tensor] = {}
+    sketches: dict[str, tuple[list[float], ...]] = {}
     for name, weight in tqdm(weights, desc="Singular values", disable=not show_progress, leave=False):
         if isinstance(weight, SVFLayer):
             values[name] = weight.svf_singular_values.detach().to("cpu", torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -13,10 +14,19 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 
 
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --disable-default-apps --lang=en"
-).split()
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--disable-default-apps",
+    "--lang=en",
+]
 
 
 def programs() -> tuple[str | None, str | None]:
@@ -46,23 +56,21 @@ def resize(browser: webdriver.Chrome, width: int, height: int, dark: bool = Fals
 
 def take_screenshot(browser: webdriver.Chrome, path: Path) -> None:
     """The whole page, not only the part that is scrolled to."""
-    import base64
-
     shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True})
     path.write_bytes(base64.b64decode(shot["data"]))
 
 
 def requested_hosts(browser: webdriver.Chrome) -> set[str | None]:
-    """The hosts of all requests and sockets since the last call; those of `data:` and `blob:` have none."""
-    hosts = set()
+    """The hosts of all requests and sockets since the last call that go to a network (`data:` and so on do not)."""
+    addresses = []
     for entry in browser.get_log("performance"):
         message: dict[str, Any] = json.loads(entry["message"])["message"]
         parameters = message["params"]
         if message["method"] == "Network.requestWillBeSent":
-            hosts.add(urlsplit(parameters["request"]["url"]).hostname)
+            addresses.append(urlsplit(parameters["request"]["url"]))
         if message["method"] == "Network.webSocketCreated":
-            hosts.add(urlsplit(parameters["url"]).hostname)
-    return hosts
+            addresses.append(urlsplit(parameters["url"]))
+    return {address.hostname for address in addresses if address.scheme in ("http", "https", "ws", "wss")}
 
 
 # WCAG 2.2, success criterion 1.4.3: 4.5 to 1 for text; 3 to 1 for text of 24 px, or of 18.66 px if bold

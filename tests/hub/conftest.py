@@ -15,7 +15,7 @@ from huggingface_hub.utils import close_session
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hub_server import HubServer  # noqa: E402
+from hub_server import HubServer
 
 
 sys.path.pop(0)

@@ -91,9 +91,7 @@ def test_a_commit_on_an_old_parent_is_refused(hub, api):
     old = hub.put("user/bank", FILES)
     hub.put("user/bank", {"a.json": b"1"})
     with pytest.raises(HfHubHTTPError) as caught:
-        api.create_commit(
-            "user/bank", [CommitOperationAdd("b.json", b"1")], commit_message="late", parent_commit=old
-        )
+        api.create_commit("user/bank", [CommitOperationAdd("b.json", b"1")], commit_message="late", parent_commit=old)
     assert caught.value.response.status_code == 412 and "b.json" not in hub.files("user/bank")
 
 

@@ -1,4 +1,4 @@
-"""The pictures of `peft-svf inspect`: checked before anything is read, one file for each expert where that is meant."""
+"""The pictures of `peft-svf inspect`: checked before anything is read, one file an expert where that is meant."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peft_svf.cli.output_files import check_output_file
-from peft_svf.cli.sharing.inspected_experts import ADAPTATION_FILE, LEARNING_CURVE, Inspected
+from peft_svf.cli.sharing.inspected_experts import LEARNING_CURVE, Inspected
+from peft_svf.dispatch.few_shot.examples import ADAPTATION_FILE
 from peft_svf.plots import (
     Spectra,
     check_picture,

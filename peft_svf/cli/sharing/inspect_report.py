@@ -14,7 +14,16 @@ from peft_svf.cli.sharing.inspected_experts import Inspected, find_experts, with
 from peft_svf.cli.terminal import one_line, table, visible, with_interval
 from peft_svf.experts import ExpertError
 from peft_svf.experts.algebra import chance_overlap, cosine_similarity, overlap
-from peft_svf.plots import LeverTotals, Spectra, grid_text, lever_totals, levers_table, read_spectra, relative_changes
+from peft_svf.plots import (
+    LeverTotals,
+    Spectra,
+    grid_text,
+    lever_totals,
+    levers_table,
+    read_spectra,
+    relative_changes,
+    signed,
+)
 
 
 NOT_RECORDED = "not recorded"
@@ -63,7 +72,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
             "spectra": None if spectra is None else {"statement": spectra.statement(), "shares": spectra.shares()},
             "pictures": [str(path) for path in pictures],
         }
-        print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(found, indent=2, allow_nan=False))
         return
     for one in own:
         print(visible(expert_text(one, changes.get(one.name))), end="\n\n")
@@ -72,7 +81,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 
 def expert_text(one: Inspected, changes: Mapping[str, float] | None) -> str:
     """Facts, results and levers of one expert."""
-    sections = [table([(one.name, ""), *facts_rows(one)])]
+    sections = [f"{one.name}\n{table(facts_rows(one))}"]
     if one.facts.results:
         rows = [("task", "prompts", "base model", "expert")]
         for result in one.facts.results:
@@ -147,7 +156,7 @@ def closing_text(
         for one in experts:
             totals = lever_totals(one.expert, most=1)
             tenth = "" if totals.first_tenth is None else f"{100 * totals.first_tenth:.1f} %"
-            rows.append((one.name, f"{totals.mean:+.4f}", f"{totals.rms:.4f}", tenth))
+            rows.append((one.name, signed(totals.mean, 4), f"{totals.rms:.4f}", tenth))
         sections.append(f"All experts\n{table(rows, right=(1, 2, 3))}")
         sections.append(f"Cosine similarity of z − 1\n{_matrix(comparison, 'cosine')}")
         chance = comparison["overlap_of_unrelated"]
@@ -197,5 +206,8 @@ def _origin_text(origin: Mapping[str, Any]) -> str:
 def _matrix(comparison: Mapping[str, Any], key: str) -> str:
     names = comparison["experts"]
     rows = [["", *names]]
-    rows += [[name, *(f"{value:.2f}" for value in row)] for name, row in zip(names, comparison[key], strict=True)]
+    rows += [
+        [name, *(signed(value, 2).replace("+", " ") for value in row)]
+        for name, row in zip(names, comparison[key], strict=True)
+    ]
     return table(rows, right=range(1, len(names) + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -101,6 +102,7 @@ def _read(folder: Path, name: str, source: str, bank: BankConfig | None = None) 
     expert = replace(Expert.from_pretrained(folder), source=where)
     fault = None
     try:
+        json.dumps(dict(expert.metadata), allow_nan=False)
         facts = expert_card_data(expert, name)
     except ValueError as error:
         fault, facts = str(error), expert_card_data(replace(expert, metadata={}), name)
@@ -126,10 +128,13 @@ def _chosen(bank: BankConfig, subfolder: str | None, source: str) -> list[str]:
 
 def _downloaded(source: str, revision: str | None) -> tuple[Path, BankConfig | None]:
     """The folder of an expert or a bank on the Hub, of one commit; a base model inside a bank stays there."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise ExpertError(f"There is no folder {source}, and it is no id on the Hub (user/name).")
     from peft_svf.experts.download import download
 
     first = download(source, revision, None, ["config.json", CONFIG_NAME], "an expert or a bank")
     bank = _bank_in(first.folder)
-    names = [None] if bank is None else bank.adapters
-    patterns = ["config.json", *(file if name is None else f"{name}/{file}" for name in names for file in _OF_EXPERT)]
-    return download(source, first.commit, None, patterns, "an expert" if bank is None else "a bank").folder, bank
+    if bank is None:
+        return download(source, first.commit, None, list(_OF_EXPERT), "an expert").folder, None
+    patterns = ["config.json", *(f"{name}/{file}" for name in bank.adapters for file in _OF_EXPERT)]
+    return download(source, first.commit, None, patterns, "a bank").folder, bank

@@ -18,7 +18,7 @@ from peft_svf.dispatch.few_shot.adaptation import Adaptation
 from peft_svf.dispatch.few_shot.configurations import usable_configurations
 from peft_svf.dispatch.few_shot.cross_validation import CrossValidation, Fold, cross_validate, split_folds
 from peft_svf.dispatch.few_shot.examples import Examples, as_examples, row_hashes
-from peft_svf.dispatch.few_shot.mixture_file import save_expert
+from peft_svf.dispatch.few_shot.mixture_file import expert_facts, save_expert
 from peft_svf.dispatch.few_shot.mixture_space import MixtureSpace
 from peft_svf.dispatch.few_shot.optimizer import Fitness
 from peft_svf.dispatch.few_shot.population import Population
@@ -110,7 +110,7 @@ class FewShotDispatcher:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         _check_types(bank, task, settings)
-        self.bank = bank
+        self.bank, self._task = bank, task
         self.reward, self.max_new_tokens = _reward_and_length(reward, max_new_tokens, task)
         self.settings = settings or SearchSettings.paper()
         self.configurations = usable_configurations(bank, configurations)
@@ -262,7 +262,8 @@ class FewShotDispatcher:
         Write the mixture as an ordinary expert: a PEFT adapter of type SVF that computes exactly what `route` does.
 
         `PeftModel.from_pretrained(base_model, folder)` loads it. Beside it, `adaptation.json` says what was found and
-        how, and which examples must not be evaluated on. The folder appears at once and complete. Under
+        how, and which examples must not be evaluated on; `expert.json` holds the facts for a card
+        ([`~peft_svf.hub_cards.write_expert_card`] writes it). The folder appears at once and complete. Under
         `accelerate launch` all processes must make this call, and the main one writes.
 
         Args:
@@ -274,7 +275,8 @@ class FewShotDispatcher:
         """
         target = Path(folder).absolute()
         record = {**self.result.to_dict(), **self._circumstances()}
-        save_expert(self.bank, self.result.search.route(), record, target)
+        facts = expert_facts(self.bank, record, target.name, self._task)
+        save_expert(self.bank, self.result.search.route(), record, target, facts)
         return target
 
     def _circumstances(self) -> dict[str, Any]:

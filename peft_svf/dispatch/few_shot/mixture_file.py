@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ import torch
 from peft_svf.answering import Processes
 from peft_svf.dispatch.few_shot.examples import ADAPTATION_FILE
 from peft_svf.dispatch.route import Route
-from peft_svf.experts.bank import ExpertBank
+from peft_svf.experts.bank import BASE_LABEL, ExpertBank
+from peft_svf.experts.expert import write_facts
 from peft_svf.experts.files import make_readable, replaced_folder
 from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.mixed_batch import MixedBatch
 
 
-def save_expert(bank: ExpertBank, route: Route, record: Mapping[str, Any], folder: Path) -> None:
+def save_expert(
+    bank: ExpertBank, route: Route, record: Mapping[str, Any], folder: Path, facts: Mapping[str, Any] | None = None
+) -> None:
     """
     Write an expert and its record at once; the main process writes, and the others wait until the folder is there.
 
@@ -27,6 +30,7 @@ def save_expert(bank: ExpertBank, route: Route, record: Mapping[str, Any], folde
         bank (`ExpertBank`), route ([`Route`]): As for [`save_mixture`].
         record (`Mapping[str, Any]`): What `adaptation.json` says, of JSON types.
         folder (`Path`): Absolute; an earlier expert of a few-shot search there is replaced.
+        facts (`Mapping[str, Any]`, *optional*): The content of `expert.json`, from which a card can be made.
 
     Raises:
         ValueError: The folder holds something else.
@@ -41,9 +45,67 @@ def save_expert(bank: ExpertBank, route: Route, record: Mapping[str, Any], folde
                 save_mixture(bank, route, staging)
                 text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
                 (staging / ADAPTATION_FILE).write_text(text, "utf-8")
+                if facts:
+                    write_facts(staging, facts)
                 make_readable(staging)
     if problem := processes.gather(problem):
         raise ValueError(problem[0])
+
+
+def expert_facts(bank: ExpertBank, record: Mapping[str, Any], name: str, task: object = None) -> dict[str, Any]:
+    """
+    What the record of a search says for the card of its expert.
+
+    Args:
+        bank (`ExpertBank`): Of the experts that were mixed.
+        record (`Mapping[str, Any]`): The content of `adaptation.json`.
+        name (`str`): Of the expert.
+        task (`object`, *optional*): What the examples are of, if it has a `name`, `label` or `description`.
+
+    Returns:
+        `dict[str, Any]`: Fields of [`~peft_svf.hub_cards.ExpertCardData`], of JSON types. The success on the examples
+        is marked as that on the prompts which the mixture was chosen by; it has no interval, which would mean nothing.
+    """
+    alone, found = record["references"], record["fitness"]
+    known: Mapping[str, Mapping[str, Any]] = getattr(bank, "facts", {})
+    sources = [
+        {
+            "name": expert,
+            **{key: known[expert][key] for key in ("repo_id",) if key in known.get(expert, {})},
+            "weight": _weight_of(record["weights"], record["groups"], expert),
+            "success on the examples": alone[expert]["success"],
+        }
+        for expert in record["experts"]
+    ]
+    result = {
+        "task": f"{getattr(task, 'name', 'the task')}, the examples of the search",
+        "n": record["examples"],
+        "base": alone[BASE_LABEL]["success"],
+        "expert": found["success"],
+        "chosen_on": True,
+    }
+    told = {key: getattr(task, key, None) or None for key in ("label", "description")}
+    rest = "the base model (z = 1) has the weight 1 − Σ αₖ" if record["residual"] else "the base model has no weight"
+    origin = {
+        "operation": "adapt",
+        "formula": f"z' = Σ αₖ zₖ; {rest}",
+        "statement": record["statement"],
+        "sources": sources,
+        "settings": {
+            "configuration": record["configuration"],
+            "examples": record["examples"],
+            "reward": record["reward"],
+            "generations": len(record["generations"]),
+            "stopped": record["stopped"],
+            **record["settings"],
+        },
+    }
+    facts = {"name": name, **told, "results": [result], "origin": origin}
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _weight_of(weights: Mapping[str, Any], groups: Sequence[str], expert: str) -> Any:
+    return {group: weights[group][expert] for group in groups} if groups else weights[expert]
 
 
 def _is_replaceable(folder: Path) -> bool:

@@ -128,13 +128,15 @@ def _combine(
     for name in modules(experts):
         weights = weights_of(name)
         surplus = 0.0 if residual else math.fsum(weights) - 1
-        used = any(w for w, expert in zip(weights, experts, strict=True) if name in expert.offsets)
-        if used or abs(surplus) > SAME_SUM:
-            stacked = stacked_offsets(experts, name)
-            mixture = torch.tensordot(torch.tensor(weights, dtype=torch.float64), stacked, dims=1)
-            if abs(surplus) > SAME_SUM:
-                mixture = pad(mixture, (0, _components(experts, name) - mixture.shape[-1])) + surplus
-            offsets[name] = mixture.float()
+        moves_all = abs(surplus) > SAME_SUM
+        pairs = [(w, e) for w, e in zip(weights, experts, strict=True) if name in e.offsets and (w or moves_all)]
+        if not pairs:
+            continue
+        stacked = stacked_offsets([expert for _, expert in pairs], name)
+        mixture = torch.tensordot(torch.tensor([w for w, _ in pairs], dtype=torch.float64), stacked, dims=1)
+        if moves_all:
+            mixture = pad(mixture, (0, _components(experts, name) - mixture.shape[-1])) + surplus
+        offsets[name] = mixture.float()
     if not offsets:  # all weights are 0: the base model, as an expert
         offsets = {name: torch.zeros_like(offset) for name, offset in experts[0].offsets.items()}
     return with_offsets(experts, offsets, {**(metadata or {}), "origin": origin})

@@ -155,11 +155,13 @@ def _source_matrices(expert: Expert, model: PreTrainedModel | PeftModel) -> dict
 
 
 def _is_same_base(expert: Expert, matrices: Mapping[str, BaseMatrix]) -> bool:
-    """Whether every weight in the expert's fingerprint is that of the target."""
-    return bool(expert.fingerprint) and all(
-        name in matrices and sketch_distance(sketch, matrices[name].sketch) <= OTHER_ROUNDING
-        for name, sketch in expert.fingerprint.items()
-        if expert.offsets.get(name, torch.empty(0)).dim() == 1
+    """Whether every weight that the expert adapts is one of the target's, by name and fingerprint."""
+    sketches = {name: expert.fingerprint.get(name) for name in expert.offsets}
+    return all(
+        sketch is not None
+        and name in matrices
+        and sketch_distance(sketch, matrices[name].sketch) <= OTHER_ROUNDING
+        for name, sketch in sketches.items()
     )
 
 
