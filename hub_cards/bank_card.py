@@ -67,7 +67,7 @@ def write_bank_card(
             changes["confusion"] = confusion if isinstance(confusion, Confusion) else Confusion.from_json(confusion)
         known = replace(known, **{name: value for name, value in changes.items() if value is not None})
         included = (folder / BASE_FOLDER).is_dir()
-        drawn = [confusion_picture(known.confusion, staging)] if pictures and known.confusion else []
+        drawn = [] if known.confusion is None else [confusion_picture(known.confusion, staging, pictures)]
         text = json.dumps(known.to_metadata(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (staging / BANK_FILE).write_text(text, "utf-8")
         (staging / CARD).write_text(render_bank_card(known, drawn, included), "utf-8", newline="\n")

@@ -53,16 +53,18 @@ def expert_pictures(
     return [_levers(levers, how, facts, expert, staging), _curve(curve, facts, folder, staging)]
 
 
-def confusion_picture(confusion: Any, staging: Path) -> Picture:
+def confusion_picture(confusion: Any, staging: Path, draw: bool) -> Picture:
     """Draw the confusion matrix of a bank's dispatcher."""
-    title = "Confusion matrix of the dispatcher"
+    title, how = "Confusion matrix of the dispatcher", "`peft-svf route --plot` draws it"
+    if not draw:
+        return Picture(title, CONFUSION, f"it was not drawn yet; {how}")
 
     def plot(path: Path) -> None:
         from peft_svf.plots import plot_confusion_matrix
 
         plot_confusion_matrix(confusion.counts, confusion.true, confusion.chosen, path)
 
-    return _drawn(title, CONFUSION, plot, staging, "`peft-svf route --plot` draws it")
+    return _drawn(title, CONFUSION, plot, staging, how)
 
 
 def _levers(title: str, how: str, facts: ExpertCardData, expert: Expert | None, staging: Path) -> Picture:

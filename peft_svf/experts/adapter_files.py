@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +23,8 @@ EXPERT_FILE = "expert.json"  # what is known of the expert: facts for its card
 OFFSET_ENDING = ".svf_offset.weight"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LARGEST_CONFIG, LARGEST_FACTS = 64 * 2**20, 16 * 2**20  # bytes
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MODULE = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
 LARGEST_OFFSETS = 2**26  # numbers in one tensor: 1,024 fused experts of 65,536 components
 
 
@@ -48,6 +51,7 @@ def read_adapter(folder: Path, where: str) -> tuple[SVFConfig, dict[str, torch.T
     vectors, others = {}, {}
     try:
         with safe_open(path, framework="pt") as file:
+            _check_header(path)
             for key in sorted(file.keys()):
                 if key.startswith(PEFT_PREFIX) and key.endswith(OFFSET_ENDING):
                     name = key.removeprefix(PEFT_PREFIX).removesuffix(OFFSET_ENDING)
@@ -55,13 +59,17 @@ def read_adapter(folder: Path, where: str) -> tuple[SVFConfig, dict[str, torch.T
                     vectors[name] = file.get_tensor(key)
                 else:
                     others[key] = file.get_tensor(key)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ExpertError(f"{where}: {path.name} is damaged ({error}); get or save the expert again.") from error
     if not vectors:
         raise ExpertError(f"{where} has no offsets in {path.name}: it is no SVF expert.")
     for name, tensor in {**vectors, **others}.items():
-        _check_values(name, tensor, where)
-    return config, {name: tensor.to(torch.float32) for name, tensor in vectors.items()}, others
+        _check_type(name, tensor, where)
+    vectors = {name: tensor.to(torch.float32) for name, tensor in vectors.items()}  # may overflow
+    for name, tensor in {**vectors, **others}.items():
+        if not torch.isfinite(tensor).all():
+            raise ExpertError(f"{where}: '{name}' has values that are not finite; train or save the expert again.")
+    return config, vectors, others
 
 
 def read_config(folder: Path, where: str) -> SVFConfig:
@@ -73,6 +81,7 @@ def read_config(folder: Path, where: str) -> SVFConfig:
     if kind != "SVF":
         raise ExpertError(f"{where} is an adapter of type {kind}; experts are SVF adapters.")
     _check_fingerprint(content.get("base_fingerprint"), where)
+    _check_names(content, f"{where}: {path.name}")
     try:
         return SVFConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -90,12 +99,28 @@ def read_json(path: Path, where: str, largest: int) -> dict[str, Any]:
     try:
         if path.stat().st_size > largest:
             raise ExpertError(f"{where}: {path.name} is larger than {largest:,} bytes, which no expert needs.")
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"), object_pairs_hook=_object, parse_float=_number, parse_constant=_number)
     except (OSError, ValueError, RecursionError) as error:
         raise ExpertError(f"{where}: {path.name} is damaged ({error}); get or save the expert again.") from error
     if not isinstance(content, dict):
         raise ExpertError(f"{where}: {path.name} holds no JSON object; get or save the expert again.")
     return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values with one name, libraries take the one or the other: what was checked need not be what is used."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return dict(pairs)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
 
 
 def pickles_only(names: Collection[str], where: str) -> ExpertError | None:
@@ -119,20 +144,41 @@ def _check_there(path: Path, where: str) -> None:
     raise ExpertError(f"{where} is incomplete: {path.name} is missing; get or save the expert again.")
 
 
+def _check_names(content: dict[str, Any], where: str) -> None:
+    """PEFT takes any JSON for names of models and modules, and fails with it later."""
+    for field in ("base_model_name_or_path", "revision"):
+        value = content.get(field)
+        if value is not None and not (isinstance(value, str) and value.isprintable()):
+            raise ExpertError(f"{where} is damaged: {field} must be a text or null; get or save the expert again.")
+    for field in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
+        value = content.get(field)
+        names = value if isinstance(value, list) else [value or ""]
+        if not all(isinstance(name, str) for name in names):
+            raise ExpertError(f"{where} is damaged: {field} must be names or null; get or save the expert again.")
+
+
 def _check_fingerprint(fingerprint: Any, where: str) -> None:
     if fingerprint is None:
         return
     sketches = list(fingerprint.values()) if isinstance(fingerprint, dict) else [None]
     for sketch in sketches:
-        numbers = isinstance(sketch, list) and all(
-            isinstance(value, int | float) and math.isfinite(value) for value in sketch
-        )
-        if not numbers or len(sketch) != 3 + PROJECTIONS:
+        if not _is_sketch(sketch):
             raise ExpertError(f"{where}: the fingerprint of its base model is damaged; get or save the expert again.")
+
+
+def _is_sketch(sketch: Any) -> bool:
+    """Whether it can be out, in, norm and projections of a weight."""
+    if not isinstance(sketch, list) or len(sketch) != 3 + PROJECTIONS:
+        return False
+    if not all(type(value) in (int, float) and abs(value) < 1e300 for value in sketch):
+        return False
+    return all(value >= 1 and value == int(value) for value in sketch[:2])
 
 
 def _check_shape(name: str, shape: list[int], config: SVFConfig, where: str) -> None:
     """A weight of the shape (out, in) has at most min(out, in) singular values."""
+    if not _MODULE.fullmatch(name):
+        raise ExpertError(f"{where} has offsets for {name!r}, which is no name of a module.")
     if len(shape) not in (1, 2) or 0 in shape or math.prod(shape) > LARGEST_OFFSETS:
         raise ExpertError(f"{where}: the offsets of '{name}' have the shape {shape}, which no weight has.")
     sketch = (config.base_fingerprint or {}).get(name)
@@ -143,8 +189,13 @@ def _check_shape(name: str, shape: list[int], config: SVFConfig, where: str) -> 
         )
 
 
-def _check_values(name: str, tensor: torch.Tensor, where: str) -> None:
-    if not tensor.is_floating_point():
-        raise ExpertError(f"{where}: '{name}' holds {tensor.dtype}, not floating-point numbers.")
-    if not torch.isfinite(tensor).all():
-        raise ExpertError(f"{where}: '{name}' has values that are not finite; train or save the expert again.")
+def _check_type(name: str, tensor: torch.Tensor, where: str) -> None:
+    if tensor.dtype not in _FLOATS:
+        raise ExpertError(f"{where}: '{name}' holds {tensor.dtype}, not floating-point numbers of 16 bits or more.")
+
+
+def _check_header(path: Path) -> None:
+    """The header of a file that safetensors has accepted; it keeps one of two tensors with the same name."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        json.loads(file.read(size), object_pairs_hook=_object)

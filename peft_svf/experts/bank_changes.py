@@ -108,11 +108,7 @@ class BankChanges:
         classifier = new_name if name == self.classifier else self.classifier
         if name == self.classifier and label is not None:
             raise ExpertBankError(f"'{name}' is the classifier, which has no label.")
-        entries = {
-            expert: entry if expert != name or label is None else replace(entry, label=label)
-            for expert, entry in self.experts.items()
-        }
-        experts = {new_name if expert == name else expert: entry for expert, entry in entries.items()}
+        experts = renamed_entries(self.experts, name, new_name, label)
         check_entries(experts, classifier)
         self._check_room(new_name, True)
         rename_adapter(self.model, name, new_name)
@@ -198,3 +194,13 @@ def entry_of(name: str, label: str | None, description: str, facts: Mapping[str,
     known = {key: value for key in ("label", "description") if isinstance(value := facts.get(key), str)}
     default = known.get("label", "").strip() or name
     return ExpertEntry(default if label is None else label, description or known.get("description", ""))
+
+
+def renamed_entries(
+    experts: Mapping[str, ExpertEntry], name: str, new_name: str, label: str | None
+) -> dict[str, ExpertEntry]:
+    """The entries of a bank in their order, one of them under another name and, if one is given, another label."""
+    entries = dict(experts)
+    if name in entries and label is not None:
+        entries[name] = replace(entries[name], label=label)
+    return {new_name if expert == name else expert: entry for expert, entry in entries.items()}

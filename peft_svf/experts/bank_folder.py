@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from peft_svf.experts.adapter_files import read_adapter, read_config, read_facts
-from peft_svf.experts.bank_changes import entry_of
+from peft_svf.experts.bank_changes import entry_of, renamed_entries
 from peft_svf.experts.bank_config import (
     LANGUAGE,
     VISION_LANGUAGE,
@@ -25,7 +25,6 @@ from peft_svf.experts.bank_config import (
     ExpertBankError,
     ExpertEntry,
     check_entries,
-    check_replaceable,
 )
 from peft_svf.experts.bank_loading import expert_folder
 from peft_svf.experts.expert import write_facts
@@ -69,7 +68,7 @@ def create_bank_folder(
     Write the folder of a bank, as `ExpertBank.save_pretrained` does, from the folders of its experts.
 
     Args:
-        folder (`str` or `Path`): Where to; an existing bank is replaced, any other folder with content refused.
+        folder (`str` or `Path`): Where to; not there yet, or empty.
         base_model (`str` or `Path`): Folder or Hub id; only its configuration and tokenizer are read.
         experts (`Mapping[str, NewExpert]`): By name, at least one.
         base_revision (`str`, *optional*): Of a base model on the Hub.
@@ -83,7 +82,8 @@ def create_bank_folder(
             be; there is no such base model. Nothing was written.
     """
     target = Path(folder).absolute()
-    check_replaceable(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExpertBankError(f"{target} exists; choose a new folder, or change the bank that is there.")
     base = str(Path(base_model).absolute()) if Path(base_model).is_dir() else str(base_model)
     revision = None if Path(base).is_dir() else base_revision
     architecture, processing = _read_base(base, revision)
@@ -93,11 +93,10 @@ def create_bank_folder(
         raise ExpertBankError("A bank needs at least one expert.")
     if classifier is not None:
         found[classifier[0]] = _find(*classifier)
-    check_entries(entries, classifier[0] if classifier else None)
+    judge = None if classifier is None else classifier[0]
+    check_entries(entries, judge)
     check_same_base((f"expert '{name}'", read_config(place, name)) for name, (place, _) in found.items())
-    config = BankConfig(
-        base, entries, revision, instruction, classifier[0] if classifier else None, None, architecture
-    )
+    config = BankConfig(base, entries, revision, instruction, judge, architecture=architecture)
     with replaced_folder(target) as staging:
         for name, (place, facts) in found.items():
             _copy_expert(place, facts, staging / name, base)
@@ -127,7 +126,7 @@ def add_to_bank_folder(folder: str | Path, name: str, new: NewExpert, finish: Fi
 
 
 def remove_from_bank_folder(folder: str | Path, name: str, finish: Finish | None = None) -> None:
-    """Remove an expert, or the classifier, from a bank's folder; an `ExpertBankError` if it is the last, or unknown."""
+    """Remove an expert, or the classifier, from a bank's folder; `ExpertBankError` if it is unknown or the last."""
     target, config = _read(folder)
     _check_known(config, name, "remove")
     experts = {expert: entry for expert, entry in config.experts.items() if expert != name}
@@ -148,10 +147,7 @@ def rename_in_bank_folder(
         raise ExpertBankError(f"The bank has '{new_name}' already; remove it first, or choose another name.")
     if name == config.classifier and label is not None:
         raise ExpertBankError(f"'{name}' is the classifier, which has no label.")
-    entries = {
-        new_name if expert == name else expert: replace(entry, label=label) if expert == name and label else entry
-        for expert, entry in config.experts.items()
-    }
+    entries = renamed_entries(config.experts, name, new_name, label)
     classifier = new_name if name == config.classifier else config.classifier
     check_entries(entries, classifier)
     with _edited(target, replace(config, experts=entries, classifier=classifier), finish) as staging:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft import PeftModel
@@ -22,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from peft_svf.experts.adapter_files import EXPERT_FILE, pickles_only
+from peft_svf.experts.adapter_files import EXPERT_FILE, pickles_only, read_adapter
 from peft_svf.experts.bank_config import BASE_FOLDER, VISION_LANGUAGE, BankConfig, ExpertBankError
 from peft_svf.experts.download import Download, download, is_hub_id, matching, reach
 from peft_svf.experts.errors import ExpertError
@@ -89,17 +88,25 @@ def _base_of(folder: Path, config: BankConfig, token: str | None) -> tuple[str, 
     return find_base(name, config.base_revision, token, f"the bank {folder}")
 
 
-def find_base(name: str | None, revision: str | None, token: str | None, where: str) -> tuple[str, dict[str, Any]]:
+def names_hub_model(name: str | None) -> TypeGuard[str]:
+    """Whether a base model can be on the Hub by this name; it is not inside a bank, nor in a folder somewhere."""
+    return name is not None and name != BASE_FOLDER and is_hub_id(name, needs_owner=False)
+
+
+def find_base(
+    name: str | None, revision: str | None, token: str | None, where: str, is_foreign: bool = False
+) -> tuple[str, dict[str, Any]]:
     """
-    The base model that an expert or bank names, and the options that load it: none for a folder.
+    The base model that an expert or bank names, and the options that load it: none for a folder, which those that are
+    foreign, from the Hub, cannot name.
 
     Raises:
         HubError: it is on the Hub, which does not have it or does not show it.
         ExpertBankError: it is not named, or lies in the bank that an expert was taken from.
     """
-    if name and Path(name).is_dir():
+    if name and not is_foreign and Path(name).is_dir():
         return name, {}
-    if not name or name == BASE_FOLDER or not is_hub_id(name, needs_owner=False):
+    if not names_hub_model(name):
         raise ExpertBankError(f"T{where[1:]} cannot load its base model {name!r}: there is no such folder.")
     is_reachable = reach(name, revision, token, f"the base model of {where}")
     return name, {"revision": revision, "token": token, "local_files_only": not is_reachable}
@@ -177,15 +184,8 @@ def load_expert(model: PreTrainedModel | PeftModel, folder: Path, name: str, whe
     Raises:
         ExpertBankError: a file is missing or damaged, the adapter is not SVF or belongs to another base model.
     """
-    for file in ADAPTER_FILES:
-        if not (folder / file).is_file():
-            raise ExpertBankError(
-                f"{where[0].upper()}{where[1:]} is incomplete: {folder.name}/{file} is missing; save it again."
-            )
+    _check_files(folder, name, where)
     try:
-        kind = json.loads((folder / ADAPTER_FILES[0]).read_text("utf-8"))["peft_type"]
-        if kind != "SVF":
-            raise ExpertBankError(f"Expert '{name}' of {where} is of type {kind}; a bank holds SVF adapters.")
         with _undone_on_failure(model):
             loaded = _put_into(model, folder, name)
             _check_finite(loaded, name)
@@ -195,6 +195,21 @@ def load_expert(model: PreTrainedModel | PeftModel, folder: Path, name: str, whe
         # within the bank's folder; that means nothing to whoever saves this adapter elsewhere
         loaded.peft_config[name].base_model_name_or_path = loaded.get_base_model().config._name_or_path
     return loaded
+
+
+def _check_files(folder: Path, name: str, where: str) -> None:
+    """Refuse what `read_adapter` does, before PEFT reads it."""
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    for file in ADAPTER_FILES:
+        if file not in names and pickles_only(names, where) is None:
+            raise ExpertBankError(
+                f"{where[0].upper()}{where[1:]} is incomplete: {folder.name}/{file} is missing; save it again."
+            )
+    try:
+        read_adapter(folder, f"expert '{name}' of {where}")
+    except ExpertError as error:
+        text = str(error)
+        raise ExpertBankError(text[0].upper() + text[1:]) from error
 
 
 def _put_into(model: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:

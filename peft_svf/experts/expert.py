@@ -19,7 +19,7 @@ from torch import nn
 
 from peft_svf.experts.adapter_files import EXPERT_FILE, OFFSET_ENDING, read_adapter, read_facts
 from peft_svf.experts.bank_config import BASE_FOLDER
-from peft_svf.experts.bank_loading import expert_folder, load_expert
+from peft_svf.experts.bank_loading import expert_folder, load_expert, names_hub_model
 from peft_svf.experts.errors import ExpertError
 from peft_svf.experts.files import make_readable, replaced_folder
 from peft_svf.tuner.adapted import adapted_layers
@@ -122,6 +122,8 @@ class Expert:
             )
         if config.base_model_name_or_path == BASE_FOLDER and (base := folder.parent / BASE_FOLDER).is_dir():
             config.base_model_name_or_path = str(base.absolute())  # within the folder of a bank it is called that
+        elif not Path(folder_or_id).is_dir() and not names_hub_model(config.base_model_name_or_path):
+            config.base_model_name_or_path = None  # a folder of the bank, or of somebody's computer
         return cls(offsets, config, read_facts(folder, where), others, where)
 
     @classmethod
@@ -225,10 +227,7 @@ class Expert:
             ExpertError: The folder holds something else.
         """
         target = Path(folder).absolute()
-        found = {path.name for path in target.iterdir()} if target.is_dir() else set()
-        if target.is_file() or not found <= _FILES:
-            strange = ", ".join(sorted(found - _FILES)[:3]) or "a file"
-            raise ExpertError(f"{target} holds {strange}, not only an expert; choose a new folder.")
+        check_replaceable(target)
         tensors = {f"{PEFT_PREFIX}{name}{OFFSET_ENDING}": offset for name, offset in self.offsets.items()}
         tensors |= dict(self.others)
         with replaced_folder(target) as staging:
@@ -262,6 +261,14 @@ class Expert:
                 f"{self.source} has trained more than offsets ({', '.join(extra[:3])}), and {purpose} works on "
                 "offsets only; train experts without modules_to_save and trainable_token_indices."
             )
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise an `ExpertError` if an expert saved to `folder` would replace something that is none."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or not found <= _FILES:
+        strange = ", ".join(sorted(found - _FILES)[:3]) or "a file"
+        raise ExpertError(f"{folder} holds {strange}, not only an expert; choose a new folder.")
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:

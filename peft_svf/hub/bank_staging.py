@@ -100,12 +100,11 @@ def finish_bank(folder: Path, base: BaseReference, given: Any, repo_id: str, loc
         facts = published_facts(read_facts(folder / name, what), None, name, None, base, defaults)
         refer_to(folder / name, base, what, local_base)
         write_facts(folder / name, facts)
+        check_expert(folder / name, what)
     if config.classifier is not None:
         write_expert_card(folder / config.classifier, bank=repo_id)
     said: dict[str, Any] = {"name": repo_id.split("/")[1], **_recorded(folder), **as_mapping(given)}
     write_bank_card(folder, {**without_local_paths(said), "repo_id": repo_id})
-    for name in config.adapters:
-        check_expert(folder / name, _what(name))
     BankConfig.read(folder)
 
 

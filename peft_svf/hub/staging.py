@@ -54,8 +54,8 @@ def finish_expert(
 
     refer_to(folder, base, what, local_base)
     write_facts(folder, facts)
-    write_expert_card(folder)
     check_expert(folder, what)
+    write_expert_card(folder)
 
 
 def check_expert(folder: Path, what: str) -> None:

@@ -115,7 +115,7 @@ def _from_hub(folder_or_id: str | Path) -> Any:
         return ExpertBank.from_pretrained(folder_or_id, revision=found.commit)
     where = f"the expert {folder_or_id}"
     config = read_config(found.folder, where)
-    base, hub = find_base(config.base_model_name_or_path, config.revision, None, where)
+    base, hub = find_base(config.base_model_name_or_path, config.revision, None, where, is_foreign=True)
     return load_expert(AutoModelForCausalLM.from_pretrained(base, **hub), found.folder, NAMELESS, where)
 
 

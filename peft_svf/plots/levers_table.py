@@ -141,12 +141,13 @@ def grid_text(names: Iterable[str], cell: Callable[[tuple[str, ...]], str]) -> s
 def _most_moved(offsets: Mapping[str, Tensor], most: int) -> list[MovedComponent]:
     found = []
     for name, offset in offsets.items():
-        values, places = offset.abs().flatten().topk(min(most, offset.numel()))
-        for place in places[values > 0].tolist() or places[:1].tolist():
+        places = offset.abs().flatten().argsort(descending=True, stable=True)[:most]
+        for place in places.tolist():
             matrix, component = divmod(place, offset.shape[-1])
             number = float(offset.flatten()[place])
             found.append(MovedComponent(name, component + 1, matrix if offset.dim() > 1 else None, number))
-    return sorted(found, key=lambda one: (-abs(one.offset), one.module, one.matrix or 0, one.component))[:most]
+    found.sort(key=lambda one: (-abs(one.offset), one.module, one.matrix or 0, one.component))
+    return [one for one in found[:most] if one.offset] or found[:1]
 
 
 def signed(value: float, decimals: int) -> str:

@@ -24,6 +24,7 @@ MOST_TEXTS = 12  # bars up to which parts hold their number
 LEAST_PART = 0.06  # of the highest bar: where a number fits into a part
 MOST_LABELS = 24
 SHORT = 4  # characters that fit below a narrow bar
+LARGEST = 1e30  # of a weight
 LONG = 70  # characters of all labels together that still fit beside one another
 DARK = 0.5  # luminance below which text on a colour must be white
 
@@ -91,8 +92,8 @@ def _checked(weights: Weights) -> dict[str, dict[str, float]]:
         if not parts:
             raise ValueError(f"There are no weights{where}.")
         for name, weight in parts.items():
-            if not isinstance(weight, Real) or not math.isfinite(weight):
-                raise ValueError(f"The weight of expert {name!r}{where} must be a finite number, got {weight!r}.")
+            if not isinstance(weight, Real) or not -LARGEST < weight < LARGEST:  # nor NaN
+                raise ValueError(f"The weight of expert {name!r}{where} must be a finite number, got {weight!r:.40}.")
     return {bar: {name: float(weight) for name, weight in parts.items()} for bar, parts in bars.items()}
 
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from peft_svf import ExpertBank
-from peft_svf.cli import main
+from peft_svf.cli import banks, main
 from peft_svf.experts import Expert
 from peft_svf.playground import BANK_FOLDER
 
@@ -24,6 +24,13 @@ IDS = torch.tensor([[1, 5, 8, 9, 20]])
 @pytest.fixture(scope="module")
 def bank() -> ExpertBank:
     return ExpertBank.from_pretrained(BANK_FOLDER)
+
+
+@pytest.fixture
+def loaded_once(bank: ExpertBank, monkeypatch: pytest.MonkeyPatch) -> ExpertBank:
+    """The playground's bank, which commands get instead of loading it again."""
+    monkeypatch.setattr(banks, "load_bank", lambda arguments, state: bank)
+    return bank
 
 
 def expected(bank: ExpertBank, route: str | dict[str, float]) -> torch.Tensor:
@@ -65,8 +72,9 @@ def test_an_expert_beside_a_base_model_as_a_lora(
 
 
 def test_a_mixture_as_a_lora_of_a_rank_vllm_knows(
-    bank: ExpertBank, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    loaded_once: ExpertBank, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    bank = loaded_once
     words = ["--mix", "math=0.5,code=0.5", "--to", "lora", "--rank", "20", "--output", str(tmp_path / "lora")]
     assert main(["export", *words]) == 0
     printed = capsys.readouterr().out
@@ -77,7 +85,7 @@ def test_a_mixture_as_a_lora_of_a_rank_vllm_knows(
     assert (logits(lora) - wanted).norm() < (expected(bank, "others") - wanted).norm()
 
 
-def test_a_folder_for_mergekit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_for_mergekit(loaded_once: ExpertBank, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "kit"
     words = ["--mix", "math=0.7,code=0.3", "--to", "mergekit", "--output", str(folder), "--dtype", "bfloat16"]
     assert main(["export", *words]) == 0
@@ -100,21 +108,29 @@ def test_a_folder_for_mergekit(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--to", "lora", "--expert", "math", "--rank", "999"], "`rank` must be between 1 and 128"),
         (
             ["--to", "lora", "--expert", "math", "--rank", "9", "--dtype", "float16"],
-            "--dtype and --fast are for merged",
+            "--dtype and --fast",
         ),
         (["--to", "merged", "--expert", "math", "--rank", "9"], "for LoRAs"),
         (["--to", "merged", "--expert", "math", "--density", "0.5"], "are for --to mergekit"),
-        (["--to", "merged", "--model", str(BASE)], "base model without experts: add one, --adapter"),
         (["--to", "mergekit", "--expert", "poet"], "There is no expert 'poet' to export"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line_and_writes_nothing(
-    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    message: str,
+    loaded_once: ExpertBank,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["export", *words, "--output", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("peft-svf export: ") and message in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_model_without_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--to", "merged", "--model", str(BASE), "--output", str(tmp_path / "out")]) == 1
+    assert "base model without experts: add one, --adapter EXPERT" in capsys.readouterr().err
 
 
 def test_an_export_into_a_folder_with_something_else_loads_nothing(

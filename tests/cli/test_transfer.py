@@ -1,4 +1,4 @@
-"""`peft-svf transfer`: the report comes first, the expert is whole or not there, and `adapt` mixes what was transferred."""
+"""`peft-svf transfer`: the report comes first, nothing is half written, and `adapt` mixes what was transferred."""
 
 from __future__ import annotations
 
@@ -83,8 +83,9 @@ def test_transferred_experts_are_mixed_by_adapt(
     for name in ("math", "reasoning"):
         words = ["transfer", "--from", str(BANK_FOLDER / name), "--to", other_base, "--output", str(tmp_path / name)]
         assert main(words) == 0
-    words = ["adapt", "--model", other_base, "--adapter", f"one={tmp_path / 'math'}", str(tmp_path / "reasoning")]
-    words += ["--task", "playground-reasoning", "-n", "4", "--population", "8", "--iterations", "1", "--use-cpu"]
+    words = ["adapt", "--model", other_base, "--adapter", f"one={tmp_path / 'math'}"]
+    words += ["--adapter", str(tmp_path / "reasoning")]
+    words += ["--task", "playground-reasoning", "-n", "4", "--population", "10", "--iterations", "1", "--use-cpu"]
     assert main([*words, "--output", str(tmp_path / "mixed")]) == 0, capsys.readouterr().err
     weights = json.loads((tmp_path / "mixed" / "adaptation.json").read_text())["weights"]
     assert weights.keys() == {"one", "reasoning"} and sum(weights.values()) == pytest.approx(1)

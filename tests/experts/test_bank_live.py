@@ -14,7 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_svf import ExpertBank, SVFConfig, Transformer2Pipeline
-from peft_svf.experts import ExpertBankError, ExpertEntry
+from peft_svf.dispatch import ClassifierDispatcher
+from peft_svf.experts import Expert, ExpertBankError, ExpertEntry, ExpertError
 
 
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -259,3 +260,129 @@ def test_an_expert_of_other_layers_is_added_to_the_layers_it_knows(bank, tiny_ll
     bank.remove("head")
     with pytest.raises(ValueError, match="Unknown expert 'head'"):
         logits(bank, "head")
+
+
+def test_an_expert_of_the_bank_is_an_object_and_an_object_becomes_an_expert(bank, folder, tmp_path):
+    facts = {"name": "Sums", "label": "arithmetic", "description": "sums", "results": [{"n": 3}]}
+    expert = Expert.from_pretrained(folder / "code")
+    expert = expert.with_offsets(expert.offsets, facts)
+    bank.add("sums", expert)
+    assert bank.experts["sums"] == ExpertEntry("arithmetic", "sums") and bank.facts["sums"] == facts
+    bank.add("second", expert, label="other", description="own")
+    assert bank.experts["second"] == ExpertEntry("other", "own")
+    assert torch.equal(logits(bank, "sums"), logits(ExpertBank.from_pretrained(folder), "code"))
+    given = bank.expert("second")
+    assert given.metadata == {**facts, "label": "other", "description": "own"}
+    assert all(torch.equal(given.offsets[name], offset) for name, offset in expert.offsets.items())
+    assert bank.expert("math").metadata == {"name": "math", "label": "math"}
+    with pytest.raises(ExpertBankError, match="no 'typo' to give; it has 'math', 'sums', 'second'"):
+        bank.expert("typo")
+    with pytest.raises(ExpertBankError, match="has the label 'arithmetic'; a label is unique"):
+        bank.add("third", expert)
+
+
+def test_facts_are_loaded_kept_and_saved(bank, folder, tmp_path):
+    shutil.copytree(folder / "code", tmp_path / "code")
+    facts = {"label": "programs", "description": "small functions", "steps": 40}
+    (tmp_path / "code" / "expert.json").write_text(json.dumps(facts))
+    bank.add("code", tmp_path / "code")
+    assert bank.experts["code"] == ExpertEntry("programs", "small functions")
+    bank.rename("code", "python")
+    saved = bank.save_pretrained(tmp_path / "bank", include_base=True)
+    assert json.loads((saved / "python" / "expert.json").read_text()) == facts
+    assert not (saved / "math" / "expert.json").exists()
+    loaded = ExpertBank.from_pretrained(saved)
+    assert loaded.facts == {"math": {}, "python": facts} and loaded.experts == bank.experts
+    loaded.remove("python")
+    assert loaded.facts == {"math": {}}
+    before = state(bank)
+    (tmp_path / "code" / "expert.json").write_text("[")
+    with pytest.raises(ExpertError, match=r"expert\.json is damaged"):
+        bank.add("again", tmp_path / "code")
+    assert same(state(bank), before)
+
+
+@pytest.mark.parametrize("kind", ["offsets", "default", "logits", "in full", "basis"])
+def test_a_renamed_expert_computes_what_it_did(tiny_llama, character_tokenizer, kind):
+    settings: dict[str, Any] = {
+        "logits": {"parametrization": "sigmoid"},
+        "in full": {"modules_to_save": ["lm_head"]},
+        "basis": {"save_basis": True},
+    }.get(kind, {})
+    name = "default" if kind == "default" else "math"
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(vocab_size=100), SVFConfig(init_weights=False, **settings), adapter_name=name)
+    model.add_adapter("code", SVFConfig(init_weights=False, **settings))
+    model.set_strength(name, 0.5)
+    bank = ExpertBank(model, character_tokenizer)
+    before = {each: logits(bank, each) for each in (name, "code", "others")}
+    flags = sorted((key.replace(f".{name}.", ".new."), p.requires_grad) for key, p in model.named_parameters())
+    bank.rename(name, "new", label="fresh")
+    assert bank.experts == {"new": ExpertEntry("fresh"), "code": ExpertEntry("code")}
+    assert list(model.peft_config) == ["new", "code"] and model.active_adapters == ["new"]
+    for each, expected in before.items():
+        assert torch.equal(logits(bank, "new" if each == name else each), expected)
+    assert sorted((key, p.requires_grad) for key, p in model.named_parameters()) == flags
+    bank.rename("new", name)  # and back
+    assert torch.equal(logits(bank, name), before[name])
+
+
+def test_dispatcher_and_pipeline_know_a_renamed_expert_from_the_next_call_on(bank, folder):
+    bank.add("code", folder / "code")
+    bank.add_classifier("judge", folder / "extra")
+    pipe, classifying = Transformer2Pipeline(bank, max_new_tokens=2, dispatcher="prompt"), ClassifierDispatcher(bank)
+    before, scores = pipe("x", expert="code"), classifying.route(["x"]).scores
+    bank.rename("code", "python")
+    assert pipe("x", expert="python")[0]["generated_text"] == before[0]["generated_text"]
+    assert set(pipe("x")[0]["scores"]) == {"math", "code", "others"}  # the label stays
+    with pytest.raises(ValueError, match="Unknown expert 'code'; this bank knows 'math', 'python', 'others'"):
+        pipe("x", expert="code")
+    bank.describe("python", label="programs", description="small functions")
+    assert set(pipe("x")[0]["scores"]) == {"math", "programs", "others"}
+    assert bank.experts["python"] == ExpertEntry("programs", "small functions")
+    bank.rename("python", "python", label="code")
+    bank.describe("python", description="")
+    bank.rename("judge", "umpire")
+    assert bank.classifier == "umpire" and classifying.route(["x"]).experts == ("math", "python")
+    assert classifying.route(["x"]).scores == scores
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda bank: bank.rename("typo", "new"), "no 'typo' to rename; it has 'math', 'extra'"),
+        (lambda bank: bank.rename("math", "extra"), "has 'extra' already"),
+        (lambda bank: bank.rename("math", "spare"), "model has an adapter 'spare' already"),
+        (lambda bank: bank.rename("math", "others"), "'others' cannot name an expert"),
+        (lambda bank: bank.rename("math", "a.b"), "cannot name an expert"),
+        (lambda bank: bank.rename("math", "q_proj"), "cannot be named 'q_proj'"),
+        (lambda bank: bank.rename("math", "new", label=" "), "a label is unique"),
+        (lambda bank: bank.rename("extra", "new", label="x"), "classifier, which has no label"),
+        (lambda bank: bank.describe("extra", label="x"), "classifier, which has no label"),
+        (lambda bank: bank.describe("typo", label="x"), "no 'typo' to describe"),
+        (lambda bank: bank.describe("math", label="others"), "a label is unique"),
+        (lambda bank: bank.describe("math", label=7), "both texts"),
+    ],
+)
+def test_names_that_cannot_be_are_refused_and_the_bank_is_as_it_was(bank, folder, call, message):
+    bank.add_classifier("extra", folder / "extra")
+    bank.model.load_adapter(folder / "code", adapter_name="spare")
+    before, facts = state(bank), bank.facts
+    with pytest.raises(ExpertBankError, match=message):
+        call(bank)
+    assert same(state(bank), before) and bank.facts == facts
+
+
+def test_a_merged_expert_is_not_renamed(bank):
+    bank.model.merge_adapter(["math"])
+    with pytest.raises(ExpertBankError, match=r"math is merged .*unmerge_adapter\(\)"):
+        bank.rename("math", "new")
+
+
+def test_a_bank_says_what_it_is(bank, folder, tiny_llama, character_tokenizer):
+    bank.add("code", folder / "code", label="programs")
+    bank.add_classifier("judge", folder / "extra")
+    assert repr(bank) == "ExpertBank(2 experts on 'LlamaForCausalLM': math, code (programs), classifier judge)"
+    assert len(bank) == 2 and "math" in bank and "judge" not in bank and "others" not in bank
+    empty = ExpertBank(tiny_llama(vocab_size=100), character_tokenizer)
+    assert repr(empty) == "ExpertBank(0 experts on 'LlamaForCausalLM': none)" and len(empty) == 0 and empty

@@ -205,7 +205,9 @@ def test_a_basis_that_was_brought_along_defines_the_expert(tiny_llama: Build, tm
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_trained_tokens_and_whole_modules_are_the_adapters(tiny_llama: Build, tied: bool, tmp_path: Path) -> None:
+def test_trained_tokens_and_whole_modules_are_the_adapters(
+    tiny_llama: Build, character_tokenizer: PreTrainedTokenizerFast, tied: bool, tmp_path: Path
+) -> None:
     model = experts(tiny_llama(tie_word_embeddings=tied), trainable_token_indices=[5, 17], modules_to_save=["norm"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -213,7 +215,7 @@ def test_trained_tokens_and_whole_modules_are_the_adapters(tiny_llama: Build, ti
                 parameter.normal_()
     for name in ("math", "code"):
         model.set_adapter(name)
-        save_merged(model, tmp_path / name, name, tokenizer=AutoTokenizer.from_pretrained(BANK_FOLDER / "base"))
+        save_merged(model, tmp_path / name, name, tokenizer=character_tokenizer)
         assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / name)) - logits(model)).abs().max() < 1e-3
     tensors = load_file(tmp_path / "math" / "model.safetensors")
     assert ("lm_head.weight" in tensors) is not tied
@@ -284,9 +286,9 @@ def test_nothing_is_half_written_and_nothing_replaced(
     with monkeypatch.context() as patch:
         patch.setattr(bank.tokenizer, "save_pretrained", full)
         with pytest.raises(OSError, match="no space left"):
-            save_merged(bank, tmp_path / "merged", "math")
+            save_merged(bank, tmp_path / "merged", "math", exact=False)
         with pytest.raises(OSError, match="no space left"):
-            save_for_mergekit(bank, tmp_path / "kit")
+            save_for_mergekit(bank, tmp_path / "kit", {"math": 1.0}, exact=False)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "diary.txt").write_text("dear diary")
     for save in (save_merged, save_for_mergekit):
@@ -311,7 +313,7 @@ def read_models(folder: Path, recipe: dict[str, Any]) -> dict[str, dict[str, tor
 
 @pytest.mark.parametrize(("method", "inside"), [("task_arithmetic", False), ("linear", True)])
 def test_the_recipe_is_the_mixture_of_the_bank(bank: ExpertBank, tmp_path: Path, method: Any, inside: bool) -> None:
-    weights = {"math": 0.7, "code": 0.5, "reasoning": -0.4}
+    weights = {"math": 0.7, "code": -0.4}
     made = save_for_mergekit(bank, tmp_path / "kit", weights, merge_method=method, include_base=inside)
     recipe = yaml.safe_load((made.folder / "mergekit.yaml").read_text())
     assert (recipe["merge_method"], recipe["dtype"], recipe["out_dtype"]) == (method, "float32", "float32")

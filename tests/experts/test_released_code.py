@@ -112,15 +112,15 @@ def test_it_is_what_our_own_parametrization_of_the_formula_computes(
     build: Callable[[], LlamaForCausalLM], policy: Policy, tmp_path: Path
 ) -> None:
     torch.save(policy.vectors, tmp_path / "learnable_params.pt")
-    model = get_peft_model(build(), SVFConfig.paper(target_modules=r".*\.mlp\..*"))
+    model = get_peft_model(build(), SVFConfig.paper(target_modules=r".*\.mlp\.(gate|up|down)_proj"))
     with torch.no_grad():
         for key, vector in policy.vectors.items():
             model.get_submodule(f"base_model.model.{key}".removesuffix(".weight")).svf_offset["default"].weight.copy_(
                 vector
             )
     ours, imported = Expert.from_model(model), import_released_expert(tmp_path / "learnable_params.pt", build())
-    assert ours.fingerprint == pytest.approx(imported.fingerprint)
     for name, offset in imported.offsets.items():
+        assert ours.fingerprint[name] == pytest.approx(imported.fingerprint[name])
         assert torch.allclose(offset, ours.offsets[name], atol=2e-6)
 
 
@@ -137,8 +137,7 @@ def test_rounding_the_mask_is_that_of_the_code_and_multipliers_cancel(
     assert 1e-4 < max(differences) < 1e-2
 
 
-@pytest.mark.parametrize("per_layer", [False, True])
-@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize(("per_layer", "normalized"), [(False, True), (True, False)])
 def test_a_few_shot_search_mixes_the_vectors_as_they_are(
     build: Callable[[], LlamaForCausalLM], tmp_path: Path, per_layer: bool, normalized: bool
 ) -> None:
@@ -246,7 +245,7 @@ def test_pickles_with_code_are_not_executed_and_the_error_says_so(tmp_path: Path
         read_tensors(tmp_path / "zipped.pt")
     assert "weights_only" not in str(caught.value)
     for name in ("plain.pt", "legacy.pt"):
-        with pytest.raises(ExpertError, match="no checkpoint of torch.save"):
+        with pytest.raises(ExpertError, match=r"no checkpoint of torch\.save"):
             read_tensors(tmp_path / name)
     assert not target.exists()
     torch.load(tmp_path / "zipped.pt", weights_only=False)  # it is a real attack
@@ -296,7 +295,7 @@ def test_files_that_are_missing_packed_damaged_or_too_large(
         read_tensors(tmp_path / "packed.pt")
     with zipfile.ZipFile(tmp_path / "empty.pt", "w") as archive:
         archive.writestr("archive/data.pkl", b"nonsense")
-    with pytest.raises(ExpertError, match="cannot be read|more than tensors"):
+    with pytest.raises(ExpertError, match=r"cannot be read|more than tensors"):
         read_tensors(tmp_path / "empty.pt")
     monkeypatch.setattr(released_code, "LARGEST_FILE", 1000)
     with pytest.raises(ExpertError, match="larger than"):
@@ -320,15 +319,12 @@ def test_checkpoints_of_other_models_are_refused(
     numbers = {f"learnable_params_module_list.{index}": torch.zeros(32) for index in (0, 1, 2, 3, 4, 6)}
     refused(numbers, "another base model")
     search = Search([policy.vectors, policy.vectors], torch.ones(2, 1)).state_dict()
-    refused(
-        search,
-        "has no weight for 'weights_0_k_model_layers_0",
-        GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1)),
-    )
+    other = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1))
+    refused(search, "has no weight for 'weights_0_k_model_layers_0", other)
     refused({**search, "adaptive_weights": torch.ones(3, 1)}, "coefficients of shape \\(3, 1\\)")
     refused(
         {key: v for key, v in search.items() if key != "weights_1_k_" + KEY.replace(".", "_")}, "it has the experts"
     )
     refused({KEY: torch.linspace(-1, 1, 32) - 1e30}, "nuclear norm to zero")
-    with pytest.raises(ExpertError, match="quantized|adapters in it"):
+    with pytest.raises(ExpertError, match="adapters in it"):
         import_released_expert(tmp_path / "file.pt", get_peft_model(build(), SVFConfig()))

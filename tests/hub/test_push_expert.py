@@ -213,14 +213,23 @@ def test_a_refusal_names_the_remedy(
     assert set(hub.repositories) == {("model", "user/base")}
 
 
-@pytest.mark.parametrize("fault", [{"drop": "before"}, {"drop": "after"}, {"status": 503}, {"status": 500}])
-@pytest.mark.parametrize("asked", ["POST .*/commit/", "GET .*/tree/", "POST .*/preupload/"])
+@pytest.mark.parametrize(
+    ("asked", "fault"),
+    [
+        ("POST .*/commit/", {"drop": "before"}),
+        ("POST .*/commit/", {"drop": "after"}),
+        ("POST .*/commit/", {"status": 503}),
+        ("GET .*/tree/", {"drop": "before"}),
+        ("POST .*/preupload/", {"status": 500}),
+        ("PUT /_lfs/", {"drop": "before"}),
+    ],
+)
 def test_after_a_fault_the_hub_has_all_or_nothing_and_trying_again_works(
     hub: Any, expert: Expert, base: str, asked: str, fault: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     hub.put("user/expert", {"notes.md": b"mine"})
-    hub.fail(asked, times=6, **fault)  # more often than huggingface_hub tries
+    hub.fail(asked, times=50, **fault)  # more often than huggingface_hub tries
     if asked == "POST .*/commit/":
         hub.faults[0].times = 1
     if asked == "POST .*/commit/" and fault == {"drop": "after"}:  # the commit is there, its answer is not

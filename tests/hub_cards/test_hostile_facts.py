@@ -143,7 +143,7 @@ def test_a_hostile_bank_changes_no_structure(
                 confusion,
                 text,
                 text,
-            )  # fmt: skip
+            )
         )
 
     card, expected = read_card(bank(nasty)), read_card(bank("plain words"))

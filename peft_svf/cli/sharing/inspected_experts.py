@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -102,7 +101,6 @@ def _read(folder: Path, name: str, source: str, bank: BankConfig | None = None) 
     expert = replace(Expert.from_pretrained(folder), source=where)
     fault = None
     try:
-        json.dumps(dict(expert.metadata), allow_nan=False)
         facts = expert_card_data(expert, name)
     except ValueError as error:
         fault, facts = str(error), expert_card_data(replace(expert, metadata={}), name)

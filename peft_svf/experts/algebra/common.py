@@ -78,7 +78,8 @@ def origin_of(
             if key in expert.metadata:
                 source[key] = expert.metadata[key]
         sources.append(source)
-    return {"operation": operation, "formula": formula, "sources": sources, "settings": settings}
+    origin: dict[str, Any] = {"operation": operation, "formula": formula, "sources": sources}
+    return {**origin, "settings": settings} if settings else origin
 
 
 def name_of(expert: Expert) -> str:
