@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--draws", type=int, default=1, help="of the random controls, a source (default: %(default)s)")
     add("--test-prompts", type=int, default=300, help="of each task (default: %(default)s)")
     add("--source-steps", type=int, default=60, help="training of the source's experts (default: %(default)s)")
-    add("--own-steps", type=int, default=30, help="training of the target's own; 0: none (default: %(default)s)")
+    add("--own-steps", type=int, default=20, help="training of the target's own; 0: none (default: %(default)s)")
     add("--examples", type=int, default=10, help="of few-shot search; 0: none (default: %(default)s)")
     add("--iterations", type=int, default=8, help="of few-shot search, at most (default: %(default)s)")
     add("--population", type=int, default=16, help="of few-shot search (default: %(default)s)")

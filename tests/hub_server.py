@@ -119,6 +119,8 @@ class HubServer:
 
     def start(self, port: int = 0) -> str:
         """Serve on the loopback interface and return the URL; the port is the same after a stop."""
+        if self._server is not None:
+            return self.url
         handler = type("Handler", (_Handler,), {"hub": self})
         port = port or int(urlsplit(self.url).port or 0)
         self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
@@ -288,7 +290,8 @@ class _Connection(BaseHTTPRequestHandler):
 
     def _answer(self, parts: list[str]) -> None:
         fault = self.fault or Fault("")
-        time.sleep(fault.delay)
+        if fault.delay:
+            time.sleep(fault.delay)
         if fault.drop == "before":
             return self._hang_up()
         if fault.status is not None:

@@ -79,7 +79,7 @@ def read_config(folder: Path, where: str) -> SVFConfig:
     content = read_json(path, where, LARGEST_CONFIG)
     kind = content.get("peft_type")
     if kind != "SVF":
-        raise ExpertError(f"{where} is an adapter of type {kind}; experts are SVF adapters.")
+        raise ExpertError(f"{where} is of type {kind}; experts are SVF adapters.")
     _check_fingerprint(content.get("base_fingerprint"), where)
     _check_names(content, f"{where}: {path.name}")
     try:
@@ -99,7 +99,8 @@ def read_json(path: Path, where: str, largest: int) -> dict[str, Any]:
     try:
         if path.stat().st_size > largest:
             raise ExpertError(f"{where}: {path.name} is larger than {largest:,} bytes, which no expert needs.")
-        content = json.loads(path.read_text("utf-8"), object_pairs_hook=_object, parse_float=_number, parse_constant=_number)
+        text = path.read_text("utf-8")
+        content = json.loads(text, object_pairs_hook=_object, parse_float=_number, parse_constant=_number)
     except (OSError, ValueError, RecursionError) as error:
         raise ExpertError(f"{where}: {path.name} is damaged ({error}); get or save the expert again.") from error
     if not isinstance(content, dict):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from peft_svf.experts.adapter_files import read_facts
 from peft_svf.experts.bank_adapters import remove_adapter, rename_adapter
@@ -20,7 +19,7 @@ from peft_svf.experts.expert import Expert
 class BankChanges:
     """The part of [`~peft_svf.experts.bank.ExpertBank`] that lets experts come and go."""
 
-    model: PeftModel | PreTrainedModel
+    model: Any  # PeftModel or PreTrainedModel
     experts: dict[str, ExpertEntry]
     classifier: str | None
     facts: dict[str, Mapping[str, Any]]

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from peft_svf.experts.adapter_files import EXPERT_FILE, pickles_only, read_adapter
 from peft_svf.experts.bank_config import BASE_FOLDER, VISION_LANGUAGE, BankConfig, ExpertBankError
-from peft_svf.experts.download import Download, download, is_hub_id, matching, reach
+from peft_svf.experts.download import Download, download, is_hub_id, matching, remember, resolve
 from peft_svf.experts.errors import ExpertError
 from peft_svf.tuner.adapted import wrapping_modules
 from peft_svf.tuner.layer import SVFLayer
@@ -46,7 +46,7 @@ BANK_FILES = [  # no pickles, no code
     "config.json",
     "README.md",
     *(f"*/{file}" for file in EXPERT_FILES),
-    *_PROCESSING_FILES,
+    *(f"{folder}{file}" for folder in ("", f"{BASE_FOLDER}/") for file in _PROCESSING_FILES),
     *(f"{BASE_FOLDER}/{file}" for file in ("*config.json", "*.safetensors", "*.safetensors.index.json")),
 ]
 
@@ -63,29 +63,29 @@ def load_base(
     The base model of the bank in `folder`, the tokenizer or processor of the bank or else of the base, and the
     revision of a base model on the Hub: the one that the bank names, or else the commit that was loaded.
     """
-    base, hub = _base_of(folder, config, token)
+    base, hub = _base_of(folder, config, token, model_kwargs.get("cache_dir"))
     has_images = config.architecture == VISION_LANGUAGE
     auto_model = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
     try:
         model = auto_model.from_pretrained(base, **hub, **model_kwargs)
-        commit = getattr(model.config, "_commit_hash", None) if hub else None
         own = any((folder / file).is_file() for file in ("tokenizer_config.json", "processor_config.json"))
-        source, options = (folder, {}) if own else (base, {**hub, "revision": commit or config.base_revision})
-        processing = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(
-            source, **(options if hub else {})
-        )
+        source, options = (folder, {}) if own else (base, hub)
+        processing = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(source, **options)
     except (OSError, SafetensorError) as error:
         raise ExpertBankError(f"The bank {folder} cannot load its base model {base!r}: {error}") from error
+    commit = hub.get("revision")  # transformers keeps none in the model
+    if commit is not None:
+        remember(base, config.base_revision, commit, model_kwargs.get("cache_dir"))
     return model, processing, config.base_revision or commit
 
 
-def _base_of(folder: Path, config: BankConfig, token: str | None) -> tuple[str, dict[str, Any]]:
+def _base_of(folder: Path, config: BankConfig, token: str | None, cache_dir: str | None) -> tuple[str, dict[str, Any]]:
     """The folder or Hub id of a bank's base model, and the options that load it."""
     name = config.base_model_name_or_path
     inside = (folder / name).resolve()  # wins over a Hub id of the same name
     if inside.is_dir() and inside.is_relative_to(folder.resolve()):
         return str(inside), {}
-    return find_base(name, config.base_revision, token, f"the bank {folder}")
+    return find_base(name, config.base_revision, token, f"the bank {folder}", cache_dir=cache_dir)
 
 
 def names_hub_model(name: str | None) -> TypeGuard[str]:
@@ -94,11 +94,16 @@ def names_hub_model(name: str | None) -> TypeGuard[str]:
 
 
 def find_base(
-    name: str | None, revision: str | None, token: str | None, where: str, is_foreign: bool = False
+    name: str | None,
+    revision: str | None,
+    token: str | None,
+    where: str,
+    is_foreign: bool = False,
+    cache_dir: str | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """
     The base model that an expert or bank names, and the options that load it: none for a folder, which those that are
-    foreign, from the Hub, cannot name.
+    foreign, from the Hub, cannot name; the newest commit if no revision is named.
 
     Raises:
         HubError: it is on the Hub, which does not have it or does not show it.
@@ -108,8 +113,8 @@ def find_base(
         return name, {}
     if not names_hub_model(name):
         raise ExpertBankError(f"T{where[1:]} cannot load its base model {name!r}: there is no such folder.")
-    is_reachable = reach(name, revision, token, f"the base model of {where}")
-    return name, {"revision": revision, "token": token, "local_files_only": not is_reachable}
+    commit, is_reachable = resolve(name, revision, token, f"the base model of {where}", cache_dir)
+    return name, {"revision": commit or revision, "token": token, "local_files_only": not is_reachable}
 
 
 def processing_of(model: PeftModel | PreTrainedModel) -> PreTrainedTokenizerBase | ProcessorMixin:
@@ -132,6 +137,8 @@ def bank_folder(folder_or_id: str | Path, revision: str | None, token: str | Non
     if not is_hub_id(folder_or_id):
         raise ExpertBankError(f"There is no bank folder {folder_or_id} (and it is no Hub id, user/name).")
     found = download(str(folder_or_id), revision, token, BANK_FILES, "a bank")
+    for name in matching(found.files, ADAPTER_FILES[0]):
+        _check_pickles(found, PurePosixPath(name), f"expert '{name}' of the bank {found.repo_id}")
     if found.files and "config.json" not in found.files:
         raise ExpertBankError(f"{found.repo_id} is not a bank: it has no config.json.{_what_it_has(found)}")
     return found.folder, found.commit
@@ -152,13 +159,18 @@ def expert_folder(
     wanted = [str(within / file) for file in EXPERT_FILES]
     found = download(str(folder_or_id), revision, token, wanted, "an expert")
     where = f"{found.repo_id}/{within}" if within.parts else found.repo_id
-    beside = [name for name in found.files if PurePosixPath(name).parent == within]
-    pickles = pickles_only([PurePosixPath(name).name for name in beside], f"the expert {where}")
-    if pickles is not None:
-        raise pickles
+    _check_pickles(found, within, f"the expert {where}")
     if found.files and wanted[0] not in found.files:
         raise ExpertError(f"{where} is no expert: it has no {ADAPTER_FILES[0]}.{_what_it_has(found)}")
     return found.folder / within
+
+
+def _check_pickles(found: Download, within: PurePosixPath, where: str) -> None:
+    """Pickles are not downloaded, so what the repository has is asked."""
+    paths = [PurePosixPath(name) for name in found.files]
+    pickles = pickles_only([path.name for path in paths if path.parent == within], where)
+    if pickles is not None:
+        raise pickles
 
 
 def _what_it_has(found: Download) -> str:
@@ -206,10 +218,9 @@ def _check_files(folder: Path, name: str, where: str) -> None:
                 f"{where[0].upper()}{where[1:]} is incomplete: {folder.name}/{file} is missing; save it again."
             )
     try:
-        read_adapter(folder, f"expert '{name}' of {where}")
+        read_adapter(folder, f"'{name}'")
     except ExpertError as error:
-        text = str(error)
-        raise ExpertBankError(text[0].upper() + text[1:]) from error
+        raise ExpertBankError(f"Expert '{name}' of {where} cannot be loaded: {error}") from error
 
 
 def _put_into(model: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -22,7 +23,7 @@ _LAYER = re.compile(r".*?\.\d+(?=\.)")  # of a module's name, up to the number o
 class BankRouting:
     """The part of [`~peft_svf.experts.bank.ExpertBank`] that routes."""
 
-    model: PeftModel | PreTrainedModel
+    model: Any  # PeftModel or PreTrainedModel
     experts: dict[str, ExpertEntry]
     classifier: str | None
 

@@ -113,26 +113,33 @@ def download(repo_id: str, revision: str | None, token: str | None, patterns: li
     except _ERRORS as error:
         raise _broken_off(error, repo_id, revision, what) from error
     _check_links(folder, repo_id)
-    _remember(repo_id, revision, listing.commit)
+    remember(repo_id, revision, listing.commit)
     return Download(folder, listing.commit, repo_id, tuple(listing.sizes))
 
 
-def reach(repo_id: str, revision: str | None, token: str | None, what: str) -> bool:
+def resolve(
+    repo_id: str, revision: str | None, token: str | None, what: str, cache_dir: str | None = None
+) -> tuple[str | None, bool]:
     """
-    Whether the Hub can be asked for a repository now; if not, only the cache is left.
+    The commit of a repository, and whether the Hub could be asked for it.
 
-    transformers and PEFT try each of their many requests for 23 seconds before they look into the cache.
+    transformers and PEFT try each of their many requests for 23 seconds before they look into the cache, so where the
+    Hub cannot be reached, they are told to look there only.
+
+    Returns:
+        `tuple[str | None, bool]`: The commit, from the cache if the Hub cannot be reached, `None` if it is not there.
 
     Raises:
         HubError: The Hub answers that there is no such repository or revision, or no access to it.
     """
+    revision = revision or _MAIN
     try:
-        _api().model_info(repo_id, revision=revision, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return _ask(repo_id, revision, token).commit, True
     except _ERRORS as error:
         if not is_unreachable(error):
-            raise hub_error(error, repo_id, revision or _MAIN, what) from error
-        return False
-    return True
+            raise hub_error(error, repo_id, revision, what) from error
+    known = _references(repo_id, cache_dir) / revision
+    return (revision if _is_commit(revision) else known.read_text("utf-8") if known.is_file() else None), False
 
 
 def is_unreachable(error: BaseException) -> bool:
@@ -270,11 +277,12 @@ def _broken_off(error: Exception, repo_id: str, revision: str, what: str) -> Hub
     )
 
 
-def _remember(repo_id: str, revision: str, commit: str) -> None:
-    """Let a branch or tag mean this commit where the Hub cannot be asked: refs/<revision> of the Hub's cache."""
+def remember(repo_id: str, revision: str | None, commit: str, cache_dir: str | None = None) -> None:
+    """Let a branch or tag mean this commit where the Hub cannot be asked."""
+    revision = revision or _MAIN
     if _is_commit(revision):
         return
-    refs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "refs").resolve()
+    refs = _references(repo_id, cache_dir)
     path = refs / revision
     if not path.resolve().is_relative_to(refs):
         return
@@ -283,6 +291,12 @@ def _remember(repo_id: str, revision: str, commit: str) -> None:
             replace_file(path, lambda partial: partial.write_text(commit, "utf-8"))
     except OSError:
         pass  # a cache that is only read: online nothing is lost by it
+
+
+def _references(repo_id: str, cache_dir: str | None) -> Path:
+    """Where the Hub's cache has one file for each branch and tag, which holds its commit."""
+    name = repo_folder_name(repo_id=repo_id, repo_type="model")
+    return Path(cache_dir or constants.HF_HUB_CACHE, name, "refs").expanduser().resolve()
 
 
 def _is_commit(revision: str) -> bool:
@@ -297,6 +311,8 @@ def _status(error: BaseException) -> int | None:
 def _told(error: BaseException) -> str:
     """What the server or the library says, on one line."""
     text = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    if (status := _status(error)) is not None:
+        text = f"{status}, {text}"
     return " ".join(str(text).split())[:300].rstrip(".")
 
 

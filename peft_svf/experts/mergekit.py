@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from peft_svf.experts.bank import ExpertBank
 from peft_svf.experts.bank_config import BASE_FOLDER

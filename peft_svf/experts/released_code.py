@@ -196,7 +196,7 @@ def _mlp_matrices(base_model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     found = {name: modules[name] for name in names if isinstance(modules.get(name), nn.Linear | Conv1D)}
     if not found:
         raise ExpertError('The model has no linear layer with "mlp" in its name, which is what the code adapts.')
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _layer_of(name: str) -> int | None:
@@ -208,6 +208,7 @@ def _vectors(
     tensors: Mapping[str, torch.Tensor], matrices: Mapping[str, nn.Linear | Conv1D], source: Path
 ) -> _Vectors:
     """Tell the three kinds of files apart, and give every vector the name of its module."""
+    mask: Mask = "sigmoid"
     if _COEFFICIENTS in tensors:
         kind, vectors, mask = "few-shot search", _combine(tensors, matrices, source), "identity"
     elif all(_BY_NUMBER.fullmatch(key) for key in tensors):
@@ -219,7 +220,7 @@ def _vectors(
         raise ExpertError(f"{source} holds {', '.join(sorted(tensors)[:3])}, which is no expert; {_KINDS}.")
     for name, vector in vectors.items():
         _check_length(name, vector, matrices, source)
-    return _Vectors(kind, {name: vector.to(torch.float64) for name, vector in vectors.items()}, mask)  # type: ignore[arg-type]
+    return _Vectors(kind, {name: vector.to(torch.float64) for name, vector in vectors.items()}, mask)
 
 
 def _by_number(
@@ -257,7 +258,7 @@ def _combine(
         for part in parts[name].values():
             _check_length(name, part, matrices, source)
         combined[name] = sum(column[k] * part.to(torch.float64) for k, part in sorted(parts[name].items()))
-    return combined  # type: ignore[return-value]
+    return combined
 
 
 def _check_length(name: str, vector: torch.Tensor, matrices: Mapping[str, Any], source: Path) -> None:

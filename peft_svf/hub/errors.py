@@ -31,8 +31,12 @@ def as_hub_errors(doing: str, note: str = "") -> Iterator[None]:
         yield
     except HubError:
         raise
-    except (*HUB_FAULTS, ValueError) as error:
-        raise HubError(f"Cannot {doing}: {_reason(error)}{note}") from error
+    except (*HUB_FAULTS, ValueError, RuntimeError) as error:
+        # huggingface_hub raises a plain RuntimeError from the error that broke an upload of LFS
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, (*HUB_FAULTS, ValueError)):
+            raise
+        raise HubError(f"Cannot {doing}: {_reason(cause)}{note}") from error
 
 
 def status_of(error: BaseException) -> int | None:

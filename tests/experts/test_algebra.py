@@ -133,9 +133,7 @@ def test_weights_by_layer_follow_the_longest_beginning_that_fits():
     mixed = algebra.mix([a, b], {"layers": [1, 0], "layers.0.down": [0.2, 0.3]})
     close(mixed, torch.cat([dense(a)[:5], (0.2 * dense(a) + 0.3 * dense(b))[5:9], dense(a)[9:]]))
     assert mixed.metadata["origin"]["sources"][1]["weight"] == {"layers": 0.0, "layers.0.down": 0.3}
-    with pytest.raises(
-        ExpertError, match=r"No weights .* module 'layers\.1\.up'; they are for layers\.0"
-    ):
+    with pytest.raises(ExpertError, match=r"No weights .* module 'layers\.1\.up'; they are for layers\.0"):
         algebra.mix([a, b], {"layers.0": [1, 0]})
 
 

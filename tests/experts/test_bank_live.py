@@ -189,7 +189,7 @@ def test_an_expert_of_another_base_or_kind_is_refused_and_nothing_changes(
     before = state(bank)
     for source, message in (
         (tmp_path / "other" / "math", "belongs to another base model"),
-        (tmp_path / "lora", "is of type LORA"),
+        (tmp_path / "lora", "of type LORA"),
         (tmp_path / "nowhere", "no such folder"),
         ("nowhere", "no such folder"),
     ):

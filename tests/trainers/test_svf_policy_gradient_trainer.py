@@ -329,7 +329,7 @@ def test_arguments_of_the_caller_are_left_alone(make_trainer: MakeTrainer, tiny:
 def test_card_states_the_run_and_claims_no_result(make_trainer: MakeTrainer, tmp_path: Any) -> None:
     trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1, kl_coef=0.25)
     trainer.train()
-    card = (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "checkpoint-1" / "README.md").read_text()
     offsets = sum(p.numel() for p in trainable(trainer).values())
     assert "even_digits" in card and "0.25" in card and str(offsets) in card
     assert "fine-tuned version of [None]" not in card and "GRPO" not in card

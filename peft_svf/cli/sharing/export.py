@@ -167,9 +167,10 @@ def _mergekit(bank: ExpertBank, arguments: argparse.Namespace) -> None:
     )
     print(f"{len(made.errors)} experts for mergekit in {arguments.output}: {_size(made.size)}")
     for name, error in made.errors.items():
-        is_lora = isinstance(error, LoraError)
-        text = f"LoRA, relative error of what it changes {error.total:.2g}" if is_lora else _merge_error(error)
-        print(f"  {name}: {text}")
+        if isinstance(error, LoraError):
+            print(f"  {name}: LoRA, relative error of what it changes {error.total:.2g}")
+        else:
+            print(f"  {name}: {_merge_error(error)}")
     print("Merge them (pip install mergekit):", made.command, sep="\n  ")
 
 

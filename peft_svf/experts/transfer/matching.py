@@ -153,8 +153,8 @@ class Matching:
     def _sources(self, matrix: BaseMatrix) -> tuple[dict[str, float], str]:
         """The expert's matrices with their weights, or why there are none; beside weights, what is special there."""
         if self.same_base:
-            own = matrix.name in self.source.offsets
-            return ({matrix.name: 1.0}, "") if own else ({}, "the expert does not adapt it")
+            adapted = matrix.name in self.source.offsets
+            return ({matrix.name: 1.0}, "") if adapted else ({}, "the expert does not adapt it")
         place, places = matrix.place, self.source.places
         if place.is_routed:
             return {}, "the routed experts of two models do not correspond to each other"

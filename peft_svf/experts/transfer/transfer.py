@@ -158,9 +158,7 @@ def _is_same_base(expert: Expert, matrices: Mapping[str, BaseMatrix]) -> bool:
     """Whether every weight that the expert adapts is one of the target's, by name and fingerprint."""
     sketches = {name: expert.fingerprint.get(name) for name in expert.offsets}
     return all(
-        sketch is not None
-        and name in matrices
-        and sketch_distance(sketch, matrices[name].sketch) <= OTHER_ROUNDING
+        sketch is not None and name in matrices and sketch_distance(sketch, matrices[name].sketch) <= OTHER_ROUNDING
         for name, sketch in sketches.items()
     )
 

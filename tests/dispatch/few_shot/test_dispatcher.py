@@ -144,6 +144,7 @@ def test_the_saved_expert_computes_what_the_route_does(
         "adaptation.json",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "expert.json",
     ]
     adapted.save_pretrained(saved)  # again, in place
     assert torch.equal(logits_of(saved, ids), expected)
