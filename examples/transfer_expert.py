@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--source-steps", type=int, default=60, help="training of the source's experts (default: %(default)s)")
     add("--own-steps", type=int, default=20, help="training of the target's own; 0: none (default: %(default)s)")
     add("--examples", type=int, default=10, help="of few-shot search; 0: none (default: %(default)s)")
-    add("--iterations", type=int, default=8, help="of few-shot search, at most (default: %(default)s)")
+    add("--iterations", type=int, default=5, help="of few-shot search, at most (default: %(default)s)")
     add("--population", type=int, default=16, help="of few-shot search (default: %(default)s)")
     add("--work", type=Path, default=WORK, help="folder of trained experts (default: %(default)s)")
     add("--output", type=Path, default=Path("transfer-study"), help="folder of the study (default: %(default)s)")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import eval_result_entries_to_yaml
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from peft_svf.experts.adapter_files import EXPERT_FILE, read_facts
@@ -65,7 +65,7 @@ def write_expert_card(
     with card_files(folder) as staging:
         found = read_expert(folder)
         known = _complete(folder, facts, found, repo_id)
-        changes = {"repo_id": repo_id, "base_model": base_model, "base_revision": base_revision}
+        changes: dict[str, Any] = {"repo_id": repo_id, "base_model": base_model, "base_revision": base_revision}
         known = replace(known, **{name: value for name, value in changes.items() if value is not None})
         drawn = expert_pictures(known, expert or found, folder, staging, pictures)
         write_facts(staging, known.to_metadata())

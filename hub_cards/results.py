@@ -75,8 +75,10 @@ class ExpertResult:
             ("expert", self.expert, self.expert_interval, 0.0),
             ("gain", self.gain, self.gain_interval, -1.0),
         ):
+            if share is None:
+                continue
             low, high = interval or (share, share)
-            if share is not None and not (least <= share <= 1 and low <= share <= high):
+            if not (least <= share <= 1 and low <= share <= high):
                 raise ValueError(
                     f"result on {self.task!r}: {name} must be a share in [{least:g}, 1] within its interval, "
                     f"got {share} in ({low}, {high})"

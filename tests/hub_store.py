@@ -20,6 +20,7 @@ TASKS = {  # of the Hub's own list, those that experts can have
     "translation",
     "any-to-any",
 }
+DATE = "2026-01-01T00:00:00.000Z"
 REPOSITORY_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -173,6 +174,14 @@ def faults_of_results(path: str, content: bytes) -> list[str]:
         elif not dataset.get("task_id") or "value" not in entry:
             faults.append(f'{path}: a result needs "dataset.task_id" and "value".')
     return faults
+
+
+def results_of(commit: Commit) -> list[dict[str, Any]]:
+    """The entries of `.eval_results`, as the Hub shows them."""
+    import yaml
+
+    files = [file for path, file in sorted(commit.files.items()) if path.startswith(".eval_results/")]
+    return [entry for file in files for entry in yaml.safe_load(file.content)]
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from statistics import mean
 from typing import Any
 
@@ -17,6 +18,7 @@ CONTRASTS = {  # what order is worth: the same offsets, in and out of it
     "ordered − random": (ORDERED, "random"),
     "few-shot, ordered − shuffled": (FEW_SHOT, FEW_SHOT_SHUFFLED),
 }
+RESAMPLES = 2000  # of a bootstrap, of which a target takes a hundred
 INTERVALS = "[95 % interval over seeds and prompts]"
 
 
@@ -115,12 +117,17 @@ def _tasks(cells: Cells, target: str) -> list[str]:
 
 
 def _interval(rows: list[list[float]]) -> dict[str, float]:
-    center, low, high = bootstrap_interval(rows)
+    center, low, high = _bootstrap(tuple(map(tuple, rows)))
     return {"mean": center, "low": low, "high": high}
 
 
 def _percent(rows: list[list[float]], sign: str = "") -> str:
     if not rows:
         return "–"
-    center, low, high = bootstrap_interval(rows)
+    center, low, high = _bootstrap(tuple(map(tuple, rows)))
     return f"{100 * center:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
+@cache
+def _bootstrap(rows: tuple[tuple[float, ...], ...]) -> tuple[float, float, float]:
+    return bootstrap_interval(rows, RESAMPLES)

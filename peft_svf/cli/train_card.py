@@ -30,12 +30,12 @@ def task_facts(task: Task, arguments: TrainArguments) -> dict[str, Any]:
     Rows from files at hand may be anything, so that only rows from the Hub name their data set.
     """
     loader = task.load
-    is_official = arguments.data_files is None and isinstance(loader, BenchmarkLoader)
+    hub = [loader.source.path] if arguments.data_files is None and isinstance(loader, BenchmarkLoader) else []
     return {
         "task": task.name,
         "label": task.label,
         "description": task.description or None,
-        "datasets": [loader.source.path] if is_official else [],
+        "datasets": hub,
         "method": METHOD if arguments.adapter is None else f"{METHOD}, going on from another expert",
     }
 

@@ -64,10 +64,12 @@ def load_base(
     revision of a base model on the Hub: the one that the bank names, or else the commit that was loaded.
     """
     base, hub = _base_of(folder, config, token, model_kwargs.get("cache_dir"))
+    if hub and model_kwargs.get("local_files_only"):
+        hub["local_files_only"] = True
     has_images = config.architecture == VISION_LANGUAGE
     auto_model = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
     try:
-        model = auto_model.from_pretrained(base, **hub, **model_kwargs)
+        model = auto_model.from_pretrained(base, **{**model_kwargs, **hub})
         own = any((folder / file).is_file() for file in ("tokenizer_config.json", "processor_config.json"))
         source, options = (folder, {}) if own else (base, hub)
         processing = (AutoProcessor if has_images else AutoTokenizer).from_pretrained(source, **options)

@@ -15,8 +15,9 @@ from peft_svf.experts.errors import HubError
 from peft_svf.experts.expert import write_facts
 from peft_svf.hub.base_reference import BaseReference, find_base
 from peft_svf.hub.facts import as_mapping, published_facts, without_local_paths
-from peft_svf.hub.layout import BANK_FILE, OF_CARD, OF_EXPERT, PROCESSING
+from peft_svf.hub.layout import OF_CARD, OF_EXPERT, PROCESSING
 from peft_svf.hub.staging import check_expert, copy_files, refer_to
+from peft_svf.hub_cards.bank_facts import BANK_FILE
 
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ LOG_IN = f"log in with `hf auth login`, or set HF_TOKEN to a token with write ac
 # Of whichever HTTP library this version of huggingface_hub is built on; OSError covers the Hub's own answers
 _HTTP_ERROR: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 HUB_FAULTS: tuple[type[Exception], ...] = (_HTTP_ERROR, OSError)
+_CAUGHT: tuple[type[Exception], ...] = (*HUB_FAULTS, ValueError, RuntimeError)
 
 
 @contextmanager
@@ -31,10 +32,10 @@ def as_hub_errors(doing: str, note: str = "") -> Iterator[None]:
         yield
     except HubError:
         raise
-    except (*HUB_FAULTS, ValueError, RuntimeError) as error:
+    except _CAUGHT as error:
         # huggingface_hub raises a plain RuntimeError from the error that broke an upload of LFS
         cause = error.__cause__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, (*HUB_FAULTS, ValueError)):
+        if not isinstance(cause, Exception) or not isinstance(cause, (*HUB_FAULTS, ValueError)):
             raise
         raise HubError(f"Cannot {doing}: {_reason(cause)}{note}") from error
 

@@ -114,7 +114,7 @@ def push_experts(
             told = published_facts(recorded, None if name else facts, title, repo_id, base)
             local = candidates[0][0]
             finish_expert(folder, base, told, what, local)
-            places |= {str(Path(place).absolute()) for place in (local, expert) if _is_folder(place)}
+            places |= {*_absolute(local), *_absolute(expert)}
         seal(staging, destination.tags, sorted(places))
         return upload(staging, destination, EXPERT)
 
@@ -174,7 +174,7 @@ def push_bank(
         staging = Path(temporary) / "repository"
         stage_bank(source, staging, base)
         finish_bank(staging, base, facts, destination.repo_id, local)
-        places = {temporary, *(str(Path(place).absolute()) for place in (local, source) if _is_folder(place))}
+        places = {temporary, *_absolute(local), *_absolute(source)}
         seal(staging, destination.tags, sorted(places))
         return upload(staging, destination, BANK)
 
@@ -219,5 +219,6 @@ def _write(expert: Expert | Path, folder: Path, what: str) -> Mapping[str, Any]:
     return read_facts(written, what)
 
 
-def _is_folder(place: object) -> bool:
-    return isinstance(place, str | Path) and Path(place).is_dir()
+def _absolute(place: object) -> list[str]:
+    """The path of a folder of this machine, if it is one."""
+    return [str(Path(place).absolute())] if isinstance(place, str | Path) and Path(place).is_dir() else []

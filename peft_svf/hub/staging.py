@@ -17,7 +17,7 @@ from peft_svf.experts.expert import write_facts
 from peft_svf.experts.files import make_readable
 from peft_svf.hub.base_reference import BaseReference, on_hub
 from peft_svf.hub.facts import local_places
-from peft_svf.hub.layout import CARD
+from peft_svf.hub_cards.card_files import CARD
 
 
 _READABLE = (".json", ".md", ".yaml", ".txt", ".jinja", ".py")

@@ -11,8 +11,11 @@ from peft_svf.experts.errors import HubError
 from peft_svf.hub.collection import add_to_collection
 from peft_svf.hub.destination import Destination, Pushed
 from peft_svf.hub.errors import HUB_FAULTS, as_hub_errors
-from peft_svf.hub.layout import CARD
 from peft_svf.hub.remote import Remote, read_remote
+from peft_svf.hub_cards.card_files import CARD
+
+
+_UNREADABLE: tuple[type[Exception], ...] = (HubError, *HUB_FAULTS)
 
 
 def upload(folder: Path, destination: Destination, kind: str) -> Pushed:
@@ -114,7 +117,7 @@ def _arrived(staged: dict[str, Path], before: Remote, destination: Destination, 
         return None
     try:
         now = read_remote(destination)
-    except (HubError, *HUB_FAULTS):
+    except _UNREADABLE:
         return None
     is_there = now.head != before.head and not now.changed(staged) and not now.left_over(staged, kind)
     return now.head if is_there else None

@@ -13,9 +13,11 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_svf import Expert
+from peft_svf.experts.bank_config import BankConfig
 from peft_svf.playground import BANK_FOLDER
 
 
+INSTRUCTION = BankConfig.read(BANK_FOLDER).instruction  # the base model was pre-trained to follow this one
 QUESTION = "Tom has 23 apples and buys 18 more. How many apples does Tom have?"
 
 COMMANDS = """
@@ -72,6 +74,7 @@ def test_train_push_pull_bank_pipeline_and_transfer(hub: HubServer, run: Callabl
     assert any(offset.abs().max() > 0 for offset in trained.offsets.values())
 
     others = [f"{name}={BANK_FOLDER / name}" for name in ("code", "reasoning")]
+    bank = ["--model", "user/base", "--expert", "math=pulled", *others, "--instruction", INSTRUCTION]
     second_base = tmp_path / "second-base"
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -80,7 +83,7 @@ def test_train_push_pull_bank_pipeline_and_transfer(hub: HubServer, run: Callabl
     run(
         commands(
             ["pull", "user/math-expert", "--output", "pulled"],
-            ["bank", "create", "bank", "--model", "user/base", "--expert", "math=pulled", *others],
+            ["bank", "create", "bank", *bank],
             ["push", "bank", "user/bank"],
             ["transfer", "--from", "user/math-expert", "--to", str(second_base), "--output", str(transferred)],
         )

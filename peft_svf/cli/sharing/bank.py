@@ -59,11 +59,12 @@ def _add_create(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--model", required=True, metavar="BASE", help=f"the base model: {_PLACE}")
     add(
         "--expert",
-        action="append",
+        action="extend",
+        nargs="+",
         required=True,
         default=[],
         metavar="[NAME=]EXPERT[:LABEL]",
-        help=f"{_PLACE}; may be repeated. The label is the word that a dispatcher scores for it",
+        help=f"{_PLACE}; one or more. The label is the word that a dispatcher scores for it",
     )
     add("--classifier", metavar="[NAME=]EXPERT", help="an expert that classifies prompts and answers none")
     add("--instruction", help="of the prompt dispatcher, instead of one made of labels and descriptions")

@@ -88,7 +88,7 @@ class TransferReport:
 
     def to_text(self) -> str:
         """A table with a line for every matrix, then the totals."""
-        rows = [("target", "rank", "", "source", "rank", "spectra")]
+        rows: list[tuple[str, ...]] = [("target", "rank", "", "source", "rank", "spectra")]
         rows += [_row(matrix) for matrix in self.matrices]
         lines = _aligned(rows)
         if self.unused:
