@@ -1,4 +1,4 @@
-"""From an empty folder to an answer: train, push, pull, a bank of three, and a pipeline that never imported peft_svf."""
+"""From nothing to an answer: train, push, pull, a bank of three, a pipeline that never imported peft_svf."""
 
 from __future__ import annotations
 
