@@ -22,6 +22,7 @@ from peft_svf.cli.output_files import check_output_file
 from peft_svf.cli.run_folder import write_json
 from peft_svf.cli.terminal import indented
 from peft_svf.dispatch.few_shot.examples import refuse_adaptation_examples, saved_hashes
+from peft_svf.experts.bank_loading import expert_folder
 from peft_svf.trainers.evaluation import Evaluation, evaluate
 from peft_svf.trainers.tasks import Task
 
@@ -95,11 +96,11 @@ def load_adapters(base: BaseModel, adapters: list[str], state: PartialState) -> 
         model = model.to(state.device)
     names: dict[str, str] = {}
     for i, adapter in enumerate(adapters):
-        internal = f"expert_{i}"
+        internal, folder = f"expert_{i}", str(expert_folder(adapter, None, None))
         if i == 0:
-            model = PeftModel.from_pretrained(model, adapter, adapter_name=internal)
+            model = PeftModel.from_pretrained(model, folder, adapter_name=internal)
         else:
-            model.load_adapter(adapter, adapter_name=internal)
+            model.load_adapter(folder, adapter_name=internal)
         short = Path(adapter).name or adapter
         names[adapter if short in names else short] = internal
     return model.eval(), names

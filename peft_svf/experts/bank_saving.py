@@ -14,6 +14,7 @@ from peft_svf.experts.bank_config import (
     ExpertBankError,
     check_replaceable,
 )
+from peft_svf.experts.base_state import plain_state_dict
 from peft_svf.experts.expert import write_facts
 from peft_svf.experts.files import make_readable, replaced_folder
 
@@ -84,9 +85,4 @@ def _save_adapter(bank: ExpertBank, staging: Path, name: str, bank_config: BankC
 
 def _save_base(bank: ExpertBank, folder: Path) -> None:
     """Write the base checkpoint with the parameter names it had before the adapters were injected."""
-    model = bank.base_model
-    state = {}
-    for key, tensor in model.state_dict().items():
-        if ".svf_" not in key:
-            state[key.replace(".base_layer.", ".")] = tensor
-    model.save_pretrained(folder, state_dict=state)
+    bank.base_model.save_pretrained(folder, state_dict=plain_state_dict(bank.base_model))

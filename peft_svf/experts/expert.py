@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -209,13 +210,11 @@ class Expert:
         Raises:
             ExpertError: The expert belongs to another base model, or the name is taken.
         """
-        import tempfile
-
         if adapter_name in getattr(model, "peft_config", {}):
             raise ExpertError(f"The model has an adapter '{adapter_name}' already; choose another name.")
         with tempfile.TemporaryDirectory(prefix="peft-svf-") as folder:
             target = self.save_pretrained(Path(folder) / adapter_name)
-            return load_expert(model, target, adapter_name, self.source)  # type: ignore[arg-type]
+            return load_expert(model, target, adapter_name, self.source)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from peft_svf.experts.base_commit import base_commit
 from peft_svf.experts.errors import ExpertError
 from peft_svf.experts.expert import Expert
 from peft_svf.spectrum import cached_singular_basis, weight_sketch
@@ -114,7 +115,7 @@ def import_released_expert(
         task_type="CAUSAL_LM",
         target_modules=sorted(offsets),
         base_model_name_or_path=str(base_model.config._name_or_path) or None,
-        revision=base_revision or getattr(base_model.config, "_commit_hash", None),
+        revision=base_revision or base_commit(base_model.config),
         base_fingerprint=sketches,
         inference_mode=True,
     )

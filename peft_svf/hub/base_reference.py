@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from peft_svf.experts.bank_config import BASE_FOLDER
+from peft_svf.experts.base_commit import cached_commit
 from peft_svf.experts.errors import HubError
 from peft_svf.hub.errors import as_hub_errors
 
@@ -84,20 +84,6 @@ def on_hub(name: str | None, revision: str | None = None) -> BaseReference | Non
     if name == BASE_FOLDER or path.exists() or not is_hub_id(name):
         return None
     return BaseReference(name, revision)
-
-
-def cached_commit(model: str) -> str | None:
-    """
-    The commit of a base model that this machine has loaded from the Hub, which transformers does not tell.
-
-    The only one in the cache that has weights; or, of several, the one that the main branch was when last asked for.
-    """
-    storage = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model, repo_type="model")
-    commits = {path.parent.name for path in storage.glob("snapshots/*/*") if path.suffix in (".safetensors", ".bin")}
-    main = storage / "refs" / "main"
-    if len(commits) > 1 and main.is_file():
-        commits &= {main.read_text("utf-8").strip()}
-    return commits.pop() if len(commits) == 1 else None
 
 
 def is_hub_id(name: str) -> bool:

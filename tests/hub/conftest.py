@@ -25,10 +25,11 @@ sys.path.pop(0)
 def hub_of_module() -> Iterator[HubServer]:
     with HubServer() as server:
         yield server
+        close_session()  # connections to this server, of which the next module knows nothing
 
 
 @pytest.fixture
-def hub(hub_of_module: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+def hub(hub_of_module: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HubServer:
     """An empty Hub and an empty cache (`tmp_path / "hf"`); the token of this process is "writer".
 
     `huggingface_hub` reads its environment when it is imported, so the constants are what has to change.
@@ -51,8 +52,8 @@ def hub(hub_of_module: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("HF_TOKEN", "writer")
     api: Any = __import__("huggingface_hub").hf_api.api  # what `huggingface_hub.create_repo` and the like belong to
     monkeypatch.setattr(api, "endpoint", hub_of_module.url)
-    yield hub_of_module
-    close_session()
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # keeps the address of the first Hub that it sees
+    return hub_of_module
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ IDS = torch.arange(3, 23).reshape(2, 10)
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peft_svf.plots.plot_levers", lambda expert, path, title=None: path.write_bytes(b"levers"))
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it keeps the address of the first Hub that it sees
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from trl import GRPOTrainer
 
+from peft_svf.experts.base_commit import base_commit
 from peft_svf.hub_cards import ExpertCardData, write_expert_card
 
 
@@ -79,7 +80,7 @@ class WritesExpertCards(GRPOTrainer):
         known = {
             "name": model_name or os.path.basename(os.path.abspath(args.output_dir)),
             "base_model": config._name_or_path or None,
-            "base_revision": getattr(config, "_commit_hash", None),
+            "base_revision": base_commit(config),
             "task": dataset_name,
             "reward": ", ".join(self.reward_func_names),
             "method": METHOD,

@@ -66,4 +66,5 @@ def result_text(facts: dict[str, Any]) -> str:
     if not results:
         return "not recorded"
     first = results[0]
-    return f"{100 * first.base:.1f} % -> {100 * first.expert:.1f} % ({first.task}, n {first.n})"
+    before = "" if first.base is None else f"{100 * first.base:.1f} % -> "
+    return f"{before}{100 * first.expert:.1f} % ({first.task}, n {first.n})"

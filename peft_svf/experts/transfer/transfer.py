@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from peft_svf.experts.algebra.common import origin_of
+from peft_svf.experts.base_commit import base_commit
 from peft_svf.experts.errors import ExpertError
 from peft_svf.experts.expert import Expert
 from peft_svf.experts.transfer.controls import CONTROLS, Control, controlled
@@ -124,7 +125,7 @@ def _made(
     config = SVFConfig(
         task_type=expert.config.task_type,
         base_model_name_or_path=_name_of(target),
-        revision=getattr(_config_of(target), "_commit_hash", None),
+        revision=base_commit(_config_of(target)),
         target_modules=sorted(offsets),
         rank_pattern={name: len(o) for name, o in offsets.items() if len(o) < matrices[name].rank},
         inference_mode=True,
