@@ -16,7 +16,7 @@ from peft_svf.hub_cards.expert_facts import ExpertCardData
 from peft_svf.hub_cards.metadata import is_hub_id
 
 
-_LAYER = re.compile(r"\.(\d+)\.")
+_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.)")  # to the number of the layer: a model can have several stacks of them
 MOST_KINDS = 12  # of modules that a card lists
 
 
@@ -67,7 +67,7 @@ def adapted_modules(names: Iterable[str]) -> str:
     """`"down_proj, up_proj in 2 layers (4 matrices)"`."""
     names = list(names)
     kinds = Counter(name.rpartition(".")[2] for name in names)
-    layers = {found[1] for name in names if (found := _LAYER.search(f".{name}."))}
+    layers = {found[0] for name in names if (found := _LAYER.match(name))}
     rest = [f"and {len(kinds) - MOST_KINDS} more"] if len(kinds) > MOST_KINDS else []
     shown = [*sorted(kinds)[:MOST_KINDS], *rest]
     within = f" in {len(layers)} layer{'s' * (len(layers) != 1)}" if layers else ""

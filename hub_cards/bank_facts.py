@@ -48,10 +48,8 @@ class Confusion:
     @classmethod
     def from_json(cls, content: Any) -> Confusion:
         """As `peft-svf route --output` writes it, or `bank.json`; a `ValueError` if it cannot be used."""
-        found = content.get("confusion", content) if isinstance(content, Mapping) else None
         try:
-            assert isinstance(content, Mapping) and isinstance(found, Mapping)
-            interval = content.get("interval")
+            found, interval = content.get("confusion", content), content.get("interval")
             return cls(
                 tuple(map(str, found["true"])),
                 tuple(map(str, found["chosen"])),
@@ -60,7 +58,7 @@ class Confusion:
                 None if interval is None else (float(interval[0]), float(interval[1])),
                 None if content.get("dispatcher") is None else str(content["dispatcher"]),
             )
-        except (AssertionError, KeyError, TypeError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, IndexError) as error:
             raise ValueError(
                 "a confusion matrix is what `peft-svf route --output` writes: an object with `confusion`, which has "
                 "`true`, `chosen` and `counts`"

@@ -19,7 +19,7 @@ from peft_svf.hub_cards.expert_facts import ExpertCardData
 from peft_svf.hub_cards.expert_sections import expert_sections
 from peft_svf.hub_cards.metadata import expert_metadata
 from peft_svf.hub_cards.pictures import Picture, expert_pictures
-from peft_svf.hub_cards.results import leaderboard_entries
+from peft_svf.hub_cards.results import LEADERBOARDS, leaderboard_entries
 from peft_svf.hub_cards.templating import render_card
 
 
@@ -69,11 +69,14 @@ def write_expert_card(
         known = replace(known, **{name: value for name, value in changes.items() if value is not None})
         drawn = expert_pictures(known, expert or found, folder, staging, pictures)
         write_facts(staging, known.to_metadata())
-        for task, entries in leaderboard_entries(known.results).items():
+        boards = leaderboard_entries(known.results)
+        for task, entries in boards.items():
             (staging / EVAL_RESULTS).mkdir(exist_ok=True)
             text = yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
             (staging / EVAL_RESULTS / f"{task}.yaml").write_text(text, "utf-8")
         (staging / CARD).write_text(render_expert_card(known, drawn, bank, folder.name), "utf-8", newline="\n")
+    for task in set(LEADERBOARDS.values()) - set(boards):  # a score of an earlier card
+        (folder / EVAL_RESULTS / f"{task}.yaml").unlink(missing_ok=True)
     return folder / CARD
 
 

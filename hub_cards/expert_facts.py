@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
 from peft_svf.experts.bank_config import BASE_FOLDER
+from peft_svf.experts.download import is_hub_id
 from peft_svf.hub_cards.results import ExpertResult, result_from_json
 
 
@@ -145,11 +143,7 @@ class ExpertCardData:
 
 def is_repo_id(name: str) -> bool:
     """Whether a name has the form of a repository's on the Hub; "base" is the folder of a bank."""
-    try:
-        validate_repo_id(name)
-    except (HFValidationError, TypeError):
-        return False
-    return name != BASE_FOLDER
+    return name != BASE_FOLDER and is_hub_id(name, needs_owner=False)
 
 
 def _without_none(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from peft_svf.hub_cards.text import NOT_RECORDED, clean, inline, literal, paragr
 
 
 HUB = "https://huggingface.co"
-FOLDER = "path/to/this/folder"
+FOLDER, BANK = "path/to/this/folder", "path/to/the/bank"
 OPERATIONS = {
     "mix": "A mixture of other experts, without training.",
     "adapt": "A mixture of other experts that a few-shot search has found (strategy C of Transformer²).",
@@ -25,9 +25,13 @@ OPERATIONS = {
     "difference": "The difference of two experts, without training.",
     "scale": "Another expert at another strength, without training.",
     "negate": "Another expert in the opposite direction, without training.",
-    "average": "The mean of experts that were trained with different seeds.",
+    "average": "The mean of other experts, without training.",
+    "top_components": "The components of another expert that it moves most, without training.",
+    "reverse": "A control, not an expert: the offsets of another expert in reversed order.",
+    "random_like": "A control, not an expert: random offsets of the size of another expert's.",
     "shuffle": "A control, not an expert: the offsets of another expert in random order.",
 }
+IN_FORMULA = ("residual", "normalize")  # settings of a mixture that its formula shows
 MOST_ROWS = 60  # of sources and settings
 
 
@@ -134,15 +138,27 @@ def run_code(facts: ExpertCardData, bank: str | None = None, folder: str | None 
     return {
         "needs_base": base is None or bank is not None or is_vision,
         "pipeline": "Transformer2ImageTextToTextPipeline" if is_vision else "Transformer2Pipeline",
-        "bank": None if bank is None else literal(bank or "path/to/the/bank"),
+        "alone": not is_vision and facts.base_model is not None,
+        "pinned": literal(folder if bank is not None and folder else "default"),  # PEFT's name for the only one
+        "bank": None if bank is None else literal(bank or BANK),
         "subfolder": literal(folder) if bank and folder else None,
-        "base": None if base is None else literal(base),
-        "revision": literal(facts.base_revision) if base and is_revision(facts.base_revision) else None,
+        "auto": "AutoModelForImageTextToText" if is_vision else "AutoModelForCausalLM",
+        "base": base_arguments(facts, bank),
         "model": literal(bank or facts.repo_id or FOLDER),
         "name": literal(expert_name(facts)),
         "label": literal(facts.label) if facts.label and clean(facts.label) else None,
         "description": literal(facts.description) if facts.description else None,
     }
+
+
+def base_arguments(facts: ExpertCardData, bank: str | None) -> str:
+    """What `from_pretrained` is given to load the base model, as code."""
+    if is_hub_id(facts.base_model) and facts.base_model != BASE_FOLDER:
+        revision = facts.base_revision if is_revision(facts.base_revision) else None
+        return literal(facts.base_model) + (f", revision={literal(revision)}" if revision else "")
+    if facts.base_model == BASE_FOLDER:
+        return f"{literal(bank)}, subfolder={literal(BASE_FOLDER)}" if bank else literal(f"{BANK}/{BASE_FOLDER}")
+    return literal("path/to/the/base/model")
 
 
 def expert_name(facts: ExpertCardData) -> str:
@@ -157,6 +173,7 @@ def origin_section(origin: Mapping[str, Any]) -> dict[str, Any]:
     operation = origin.get("operation")
     shown = ("operation", "formula", "statement", "sources", "settings")
     settings = {**{k: v for k, v in origin.items() if k not in shown}, **(origin.get("settings") or {})}
+    settings = {k: v for k, v in settings.items() if v is not None and k not in IN_FORMULA}
     sources = list(origin.get("sources") or [])
     return {
         "sentence": OPERATIONS.get(operation or "") or f"Operation: {inline(operation)}.",

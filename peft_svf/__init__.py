@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from peft_svf.tuner import SVFConfig, SVFModel
 
 if TYPE_CHECKING:
     from peft_svf.dispatch.few_shot import FewShotDispatcher
+    from peft_svf.hub import push_bank, push_expert
 
 # Saved banks import the names with Transformer2 from here: they must stay
 __all__ = [
@@ -33,7 +35,15 @@ __all__ = [
     "Transformer2ImageTextToTextPipeline",
     "Transformer2Pipeline",
     "__version__",
+    "push_bank",
+    "push_expert",
 ]
+
+_LATER = {
+    "FewShotDispatcher": "peft_svf.dispatch.few_shot",  # needs datasets, which takes seconds to import
+    "push_bank": "peft_svf.hub",
+    "push_expert": "peft_svf.hub",
+}
 
 __version__ = version("peft-svf")
 
@@ -44,9 +54,7 @@ register_push()
 
 
 def __getattr__(name: str) -> Any:
-    """`FewShotDispatcher` comes when it is asked for: it needs datasets, which takes seconds to import."""
-    if name == "FewShotDispatcher":
-        from peft_svf.dispatch.few_shot import FewShotDispatcher
-
-        return FewShotDispatcher
+    """What takes long to import, or few programs need, comes when it is asked for."""
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

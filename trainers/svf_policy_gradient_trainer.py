@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 
 from peft_svf.trainers import checks
 from peft_svf.trainers.checkpoints.atomic_checkpoints import AtomicCheckpoints
-from peft_svf.trainers.checkpoints.expert_cards import WritesExpertCards
+from peft_svf.trainers.checkpoints.hub_push import PushesExperts, check_can_push
 from peft_svf.trainers.distributed import forget_evaluation, is_sharded, refuse_half_precision_engine
 from peft_svf.trainers.guards.finite_loss import StopsOnNonFinite
 from peft_svf.trainers.guards.guarded_training import GuardsRollouts
@@ -50,7 +50,7 @@ from peft_svf.tuner import SVFConfig
 # CompletionTables prints. `_calculate_rewards`: StopsOnNonFinite judges what all have added. `_generate`:
 # MergedRollouts spans all turns. Callbacks are added from the last base to the first.
 class SVFPolicyGradientTrainer(
-    WritesExpertCards,
+    PushesExperts,
     ExactEvaluation,
     KLSweep,
     AtomicCheckpoints,
@@ -177,6 +177,7 @@ class SVFPolicyGradientTrainer(
         checks.check_datasets(train_dataset, eval_dataset, [] if makes_columns else reward_funcs, not makes_columns)
         checks.check_enough_prompts(train_dataset, args)
         checks.check_best_metric(args, eval_dataset)
+        check_can_push(args, model, peft_config)
         given = checks.trainable_snapshot(model)
         loading = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
         super().__init__(

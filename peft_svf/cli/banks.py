@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from peft_svf.cli.models import check_adapter
-from peft_svf.experts import ExpertBank, ExpertEntry
+from peft_svf.experts import BASE_LABEL, ExpertBank
+from peft_svf.experts.adapter_files import read_facts
+from peft_svf.experts.bank_changes import entry_of
 from peft_svf.experts.bank_config import MODEL_TYPE
+from peft_svf.experts.bank_loading import expert_folder
 from peft_svf.playground import BANK_FOLDER
 
 
@@ -48,7 +49,7 @@ def load_bank(arguments: argparse.Namespace, state: PartialState) -> ExpertBank:
 
     Raises:
         ValueError: See [`check_bank_arguments`].
-        ExpertBankError: If the bank or an expert cannot be loaded.
+        ExpertError: If the bank or an expert cannot be loaded.
     """
     adapters = check_bank_arguments(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's and transformers' own
@@ -65,7 +66,7 @@ def load_bank(arguments: argparse.Namespace, state: PartialState) -> ExpertBank:
         bank = ExpertBank(model, AutoTokenizer.from_pretrained(arguments.model, **origin))
     classifier = getattr(arguments, "classifier", None)
     if adapters or classifier is not None:
-        bank = _with_adapters(bank, adapters, classifier)
+        _add_adapters(bank, adapters, classifier)
     if arguments.device_map is None:
         bank.model.to(state.device)
     return bank
@@ -76,9 +77,11 @@ def _kind(arguments: argparse.Namespace) -> str:
     try:
         return str(AutoConfig.from_pretrained(arguments.model, revision=arguments.revision).model_type)
     except (OSError, ValueError) as error:
+        is_expert = "Unrecognized model" in str(error)  # a repository or folder, but not of a model
+        remedy = "; an expert is given by --adapter, and its base model by --model" if is_expert else ""
         raise ValueError(
             f"there is no bank or base model {arguments.model!r}: it is no folder with a checkpoint here, and did not "
-            f"come from the Hub ({' '.join(str(error).split())})"
+            f"come from the Hub ({' '.join(str(error).split())}){remedy}"
         ) from error
 
 
@@ -97,26 +100,17 @@ def _named_adapters(words: Sequence[str]) -> dict[str, str]:
     return adapters
 
 
-def _with_adapters(bank: ExpertBank, adapters: dict[str, str], classifier: str | None) -> ExpertBank:
+def _add_adapters(bank: ExpertBank, adapters: dict[str, str], classifier: str | None) -> None:
+    """Add experts with the labels and descriptions that their facts say; the classifier takes the place of another."""
     if taken := [name for name in adapters if name in (*bank.experts, bank.classifier)]:
         raise ValueError(f"the bank has an expert {taken[0]!r} already: add yours as another, --adapter NAME=FOLDER")
-    added = dict(adapters) if classifier is None else {**adapters, CLASSIFIER: classifier}
-    model: Any = bank.model
-    for name, place in added.items():
-        try:
-            if isinstance(model, PeftModel):
-                model.load_adapter(place, adapter_name=name)
-            else:
-                model = PeftModel.from_pretrained(model, place, adapter_name=name)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"the expert {place} cannot be loaded onto this model: {error}") from error
-    experts = {**bank.experts, **{name: ExpertEntry(name) for name in adapters}}
-    return ExpertBank(
-        model,
-        bank.tokenizer,
-        experts,
-        # an instruction that is stored does not name the new labels
-        bank.instruction if not adapters else None,
-        bank.base_revision,
-        classifier=bank.classifier if classifier is None else CLASSIFIER,
-    )
+    for name, place in adapters.items():
+        folder = expert_folder(place, None, None)
+        said = entry_of(name, None, "", read_facts(folder, f"the expert {place}"))
+        bank.add(name, folder, label=name if said.label in (BASE_LABEL, *bank.labels) else said.label)
+    if adapters:
+        bank.instruction = None  # one that is stored does not name the new labels
+    if classifier is not None:
+        if bank.classifier is not None:
+            bank.remove(bank.classifier)
+        bank.add_classifier(CLASSIFIER, classifier)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import unicodedata
 
-from peft_svf.plots.text_table import table
+from peft_svf.text_table import table
 
 
 __all__ = ["indented", "one_line", "table", "visible", "with_interval"]

@@ -71,7 +71,7 @@ def run_train(words: Sequence[str]) -> None:
     config = build_config(arguments, given, task)
     check_packages(config)
     if config.push_to_hub:
-        check_can_publish(arguments.model, arguments.revision, given)
+        check_can_publish(arguments.model, given)
     base = BaseModel(
         arguments.model,
         arguments.revision,

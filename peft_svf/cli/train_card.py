@@ -15,6 +15,7 @@ from peft_svf.hub_cards import Benchmark, ExpertResult, write_expert_card
 from peft_svf.plots.learning_curve_rows import rows_by_step
 from peft_svf.trainers import SVFPolicyGradientTrainer
 from peft_svf.trainers.checkpoints.expert_cards import METHOD
+from peft_svf.trainers.checkpoints.hub_push import check_base_is_on_hub
 from peft_svf.trainers.evaluation import Evaluation
 from peft_svf.trainers.tasks import Task
 from peft_svf.trainers.tasks.benchmark import BenchmarkLoader
@@ -103,15 +104,13 @@ def live_expert(trainer: SVFPolicyGradientTrainer) -> Expert | None:
 
 
 # -- publishing ------------------------------------------------------------------------------------------------------
-def check_can_publish(model: str, revision: str | None, given: Mapping[str, Any]) -> None:
+def check_can_publish(model: str, given: Mapping[str, Any]) -> None:
     """Raise a `ValueError` before anything is trained if `--push_to_hub` cannot work."""
-    from peft_svf.hub.base_reference import on_hub
-
-    if on_hub(model, revision) is None:
-        raise ValueError(
-            f"--push_to_hub: the base model {model} is a folder, which others do not have; train without it, push the "
-            "base model, then `peft-svf push` the expert with --base-model"
-        )
+    check_base_is_on_hub(
+        model,
+        "--push_to_hub",
+        "train without it, push the base model, then `peft-svf push` the expert with --base-model",
+    )
     if given.get("hub_strategy", "end") != "end":
         raise ValueError("--hub_strategy: `peft-svf train` uploads the expert once, in the end, with its results")
 
@@ -127,15 +126,6 @@ def publish(trainer: SVFPolicyGradientTrainer, output: Path, improved: bool) -> 
     if not improved:
         print(f"Nothing was uploaded: {repo_id} is as it was")
         return
-    from peft_svf.hub import push_expert
-
-    config = trainer.args
-    pushed = push_expert(
-        output,
-        repo_id,
-        private=config.hub_private_repo,
-        token=config.hub_token,
-        branch=config.hub_revision,
-        commit_message=f"Expert of {trainer.card_facts['task']}, {trainer.state.global_step} steps",
-    )
+    message = f"Expert of {trainer.card_facts['task']}, {trainer.state.global_step} steps"
+    pushed = trainer.push_saved_expert(output, commit_message=message)
     print(f"The expert is on the Hub: {pushed.url}")

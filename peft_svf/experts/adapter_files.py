@@ -63,10 +63,10 @@ def read_adapter(folder: Path, where: str) -> tuple[SVFConfig, dict[str, torch.T
         raise ExpertError(f"{where}: {path.name} is damaged ({error}); get or save the expert again.") from error
     if not vectors:
         raise ExpertError(f"{where} has no offsets in {path.name}: it is no SVF expert.")
-    for name, tensor in {**vectors, **others}.items():
+    for name, tensor in [*vectors.items(), *others.items()]:  # not one mapping: a name can be among both
         _check_type(name, tensor, where)
     vectors = {name: tensor.to(torch.float32) for name, tensor in vectors.items()}  # may overflow
-    for name, tensor in {**vectors, **others}.items():
+    for name, tensor in [*vectors.items(), *others.items()]:
         if not torch.isfinite(tensor).all():
             raise ExpertError(f"{where}: '{name}' has values that are not finite; train or save the expert again.")
     return config, vectors, others

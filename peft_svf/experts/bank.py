@@ -10,13 +10,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from peft_svf.experts.adapter_files import read_facts
 from peft_svf.experts.bank_changes import BankChanges
 from peft_svf.experts.bank_config import BASE_LABEL, BankConfig, ExpertBankError, ExpertEntry, check_entries
 from peft_svf.experts.bank_loading import bank_folder, load_base, load_expert, processing_of, svf_adapters
 from peft_svf.experts.bank_routing import BankRouting
 from peft_svf.experts.bank_saving import save_bank
 from peft_svf.experts.expert import Expert
+from peft_svf.experts.live_facts import facts_of
 
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class ExpertBank(BankRouting, BankChanges):
             The adapter that classifies prompts (strategy B of Transformer²). It answers none, so it is no expert.
         dispatcher_options (`Mapping[str, Any]`, *optional*): how a pipeline that was saved as this bank chose experts.
         facts (`Mapping[str, Mapping[str, Any]]`, *optional*):
-            What is known of each expert, by name: the content of its `expert.json`.
+            What is known of each expert, by name: the content of its `expert.json`. Defaults to what the model knows.
 
     Raises:
         ExpertBankError: no SVF adapter, an unknown adapter, or a name or label that is reserved or used twice.
@@ -88,7 +88,9 @@ class ExpertBank(BankRouting, BankChanges):
         self.instruction = instruction
         self.base_revision = base_revision
         self.dispatcher_options = dispatcher_options
-        self.facts: dict[str, Mapping[str, Any]] = {name: dict((facts or {}).get(name, {})) for name in names}
+        self.facts: dict[str, Mapping[str, Any]] = {
+            name: facts_of(model, name) if facts is None else dict(facts.get(name, {})) for name in names
+        }
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -103,7 +105,7 @@ class ExpertBank(BankRouting, BankChanges):
         experts = [name if entry.label == name else f"{name} ({entry.label})" for name, entry in self.experts.items()]
         classifier = "" if self.classifier is None else f", classifier {self.classifier}"
         base = getattr(self.base_model.config, "_name_or_path", "") or type(self.base_model).__name__
-        return f"ExpertBank({len(self)} experts on {base!r}: {', '.join(experts) or 'none'}{classifier})"
+        return f"ExpertBank({len(self)} expert{'s' * (len(self) != 1)} on {base!r}: {', '.join(experts) or 'none'}{classifier})"
 
     def expert(self, name: str) -> Expert:
         """
@@ -156,7 +158,6 @@ class ExpertBank(BankRouting, BankChanges):
             base_revision,
             config.classifier,
             config.dispatcher,
-            {name: read_facts(folder / name, f"expert '{name}' of the bank {folder}") for name in config.adapters},
         )
         bank.commit = commit
         return bank

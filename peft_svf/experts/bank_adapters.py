@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from peft_svf.experts.bank_loading import load_expert
+from peft_svf.experts.live_facts import attach_facts, facts_of
 from peft_svf.tuner.adapted import adapted_layers
 
 
@@ -50,12 +51,14 @@ def rename_adapter(model: PeftModel, name: str, new_name: str) -> None:
         model.save_pretrained(str(root), selected_adapters=[name], save_embedding_layers=False)
         load_expert(model, Path(folder) / name, new_name, "the bank")
     model.peft_config[new_name].inference_mode = model.peft_config[name].inference_mode
+    facts = facts_of(model, name)
     order = [new_name if adapter == name else adapter for adapter in model.peft_config][:-1]
     remove_adapter(model, name)
     for adapter in order:
         model.peft_config[adapter] = model.peft_config.pop(adapter)
     for key, layer in adapted_layers(model, new_name).items():
         layer.svf_strength[new_name] = strengths[key]
+    attach_facts(model, new_name, facts)
     if list(model.active_adapters) != active:
         tuner.set_adapter(active)
         model.active_adapter = active[0] if len(active) == 1 else active

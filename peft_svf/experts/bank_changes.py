@@ -14,6 +14,7 @@ from peft_svf.experts.bank_adapters import remove_adapter, rename_adapter
 from peft_svf.experts.bank_config import ExpertBankError, ExpertEntry, check_entries
 from peft_svf.experts.bank_loading import adapter_types, expert_folder, load_expert
 from peft_svf.experts.expert import Expert
+from peft_svf.experts.live_facts import facts_of
 
 
 class BankChanges:
@@ -57,7 +58,7 @@ class BankChanges:
             raise ExpertBankError(f"The bank has '{name}' already; remove it first, or choose another name.")
         check_entries({name: ExpertEntry(name if label is None else label, description)}, self.classifier)
         self._check_room(name, source is not None)
-        place, facts = _found(source, revision, token)
+        place, facts = (None, facts_of(self.model, name)) if source is None else _found(source, revision, token)
         experts = {**self.experts, name: entry_of(name, label, description, facts)}
         check_entries(experts, self.classifier)
         self._load(name, place)
@@ -77,7 +78,7 @@ class BankChanges:
             raise ExpertBankError(f"The bank has a classifier, '{self.classifier}'; remove it first.")
         check_entries(self.experts, name)
         self._check_room(name, source is not None)
-        place, facts = _found(source, revision, token)
+        place, facts = (None, facts_of(self.model, name)) if source is None else _found(source, revision, token)
         self._load(name, place)
         self.facts = {**self.facts, name: facts}
         self.classifier = name
@@ -179,11 +180,11 @@ class BankChanges:
 
 
 def _found(
-    source: str | Path | Expert | None, revision: str | None, token: str | None
-) -> tuple[Path | Expert | None, dict[str, Any]]:
+    source: str | Path | Expert, revision: str | None, token: str | None
+) -> tuple[Path | Expert, dict[str, Any]]:
     """The folder of an expert, or the expert itself, and its facts."""
-    if source is None or isinstance(source, Expert):
-        return source, {} if source is None else dict(source.metadata)
+    if isinstance(source, Expert):
+        return source, dict(source.metadata)
     folder = expert_folder(source, revision, token)
     return folder, read_facts(folder, f"the expert {source}")
 

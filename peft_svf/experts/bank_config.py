@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_svf.experts.adapter_files import read_json
 from peft_svf.experts.errors import ExpertError
 
 
@@ -109,7 +110,7 @@ class BankConfig:
         if not isinstance(config.get("dispatcher"), dict | None):
             raise ExpertBankError(f"{path}: dispatcher must be an object or null.")
         architectures = config.get("architectures") or [LANGUAGE]
-        if not isinstance(architectures, list) or architectures[0] not in _PIPELINES:
+        if not isinstance(architectures, list) or architectures[0] not in [*_PIPELINES]:  # it may be no text
             raise ExpertBankError(f"{path}: architectures must be one of {', '.join(_PIPELINES)}.")
         experts = _read_experts(config.get("experts"), path)
         check_entries(experts, config.get("classifier"))
@@ -173,9 +174,15 @@ def check_entries(experts: Mapping[str, ExpertEntry], classifier: str | None = N
             )
 
 
+def is_bank(folder: Path, where: str) -> bool:
+    """Whether the config.json in a folder says that it is a bank's; an `ExpertError` if that file is damaged."""
+    path = folder / "config.json"
+    return path.is_file() and read_json(path, where, _LARGEST_CONFIG).get("model_type") == MODEL_TYPE
+
+
 def check_replaceable(folder: Path) -> None:
     """Raise an `ExpertBankError` if a bank saved to `folder` would replace something that is not a bank."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not _is_bank(folder))):
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not _is_whole(folder))):
         raise ExpertBankError(f"{folder} exists and is not a bank; choose a new folder.")
 
 
@@ -205,7 +212,7 @@ def _read_experts(experts: Any, path: Path) -> dict[str, ExpertEntry]:
     return {name: ExpertEntry(entry["label"], entry.get("description", "")) for name, entry in experts.items()}
 
 
-def _is_bank(folder: Path) -> bool:
+def _is_whole(folder: Path) -> bool:
     try:
         BankConfig.read(folder)
     except ExpertBankError:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -51,7 +51,7 @@ class NewExpert:
     label: str | None = None
     description: str = ""
     revision: str | None = None
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
 
 
 def create_bank_folder(

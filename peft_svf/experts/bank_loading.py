@@ -21,10 +21,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from peft_svf.experts.adapter_files import EXPERT_FILE, pickles_only, read_adapter
+from peft_svf.experts.adapter_files import EXPERT_FILE, pickles_only, read_adapter, read_facts
 from peft_svf.experts.bank_config import BASE_FOLDER, VISION_LANGUAGE, BankConfig, ExpertBankError
 from peft_svf.experts.download import Download, download, is_hub_id, matching, remember, resolve
 from peft_svf.experts.errors import ExpertError
+from peft_svf.experts.live_facts import attach_facts
 from peft_svf.tuner.adapted import wrapping_modules
 from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.rollback import Rollback
@@ -187,7 +188,8 @@ def _what_it_has(found: Download) -> str:
 
 def load_expert(model: PreTrainedModel | PeftModel, folder: Path, name: str, where: str) -> PeftModel:
     """
-    Load the adapter in `folder` as `name` and return the `PeftModel`; on a failure `model` is as it was.
+    Load the adapter in `folder` as `name`, with its facts, and return the `PeftModel`; on a failure `model` is as it
+    was.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): changed in place.
@@ -197,8 +199,10 @@ def load_expert(model: PreTrainedModel | PeftModel, folder: Path, name: str, whe
 
     Raises:
         ExpertBankError: a file is missing or damaged, the adapter is not SVF or belongs to another base model.
+        ExpertError: `expert.json` is damaged.
     """
     _check_files(folder, name, where)
+    facts = read_facts(folder, f"expert '{name}' of {where}")
     try:
         with _undone_on_failure(model):
             loaded = _put_into(model, folder, name)
@@ -208,6 +212,7 @@ def load_expert(model: PreTrainedModel | PeftModel, folder: Path, name: str, whe
     if loaded.peft_config[name].base_model_name_or_path == BASE_FOLDER:
         # within the bank's folder; that means nothing to whoever saves this adapter elsewhere
         loaded.peft_config[name].base_model_name_or_path = loaded.get_base_model().config._name_or_path
+    attach_facts(loaded, name, facts)
     return loaded
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +14,7 @@ from peft_svf.experts.bank_config import BASE_LABEL, ExpertEntry
 from peft_svf.experts.route_weights import RouteWeights
 from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.mixed_batch import MixedBatch
-
-
-_LAYER = re.compile(r".*?\.\d+(?=\.)")  # of a module's name, up to the number of its layer
+from peft_svf.tuner.names import in_layer
 
 
 class BankRouting:
@@ -109,5 +106,11 @@ class BankRouting:
 
     def layer_groups(self) -> tuple[str, ...]:
         """The layers of the model, like "model.layers.3", and the names of adapted matrices outside of them."""
-        matches = [(_LAYER.match(name), name) for name in self.matrix_groups()]
-        return tuple(dict.fromkeys(match[0] if match else name for match, name in matches))
+        names = self.matrix_groups()
+        places = [in_layer(name) for name in names]
+        return tuple(
+            dict.fromkeys(
+                name.removesuffix(f".{place.rest}") if place else name
+                for name, place in zip(names, places, strict=True)
+            )
+        )

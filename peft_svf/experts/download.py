@@ -36,8 +36,8 @@ MOST_FILES = 10_000
 LOG_IN = "set HF_TOKEN, or log in with `hf auth login`"
 _MAIN = constants.DEFAULT_REVISION
 # Of whichever HTTP library this version of huggingface_hub is built on; connection errors are among them
-_HTTP_ERROR: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
-_ERRORS = (_HTTP_ERROR, OSError, ValueError)
+HTTP_ERROR: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+_ERRORS = (HTTP_ERROR, OSError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -133,21 +133,23 @@ def resolve(
         HubError: The Hub answers that there is no such repository or revision, or no access to it.
     """
     revision = revision or _MAIN
+    known = _reference(repo_id, revision, cache_dir)
+    if known is None:
+        raise HubError(f"Cannot load {what} from {repo_id}: {revision!r} is no branch, tag or commit.")
     try:
         return _ask(repo_id, revision, token).commit, True
     except _ERRORS as error:
         if not is_unreachable(error):
             raise hub_error(error, repo_id, revision, what) from error
-    known = _references(repo_id, cache_dir) / revision
     return (revision if _is_commit(revision) else known.read_text("utf-8") if known.is_file() else None), False
 
 
 def is_unreachable(error: BaseException) -> bool:
     """Whether an error says nothing of a repository: offline, no connection, or a fault of the Hub."""
     if isinstance(error, HfHubHTTPError):
-        status = _status(error)
+        status = status_of(error)
         return status is not None and (status >= 500 or status == 429)
-    return isinstance(error, OfflineModeIsEnabled | _HTTP_ERROR | ConnectionError | TimeoutError)
+    return isinstance(error, OfflineModeIsEnabled | HTTP_ERROR | ConnectionError | TimeoutError)
 
 
 def hub_error(error: BaseException, repo_id: str, revision: str, what: str) -> HubError:
@@ -162,7 +164,9 @@ def hub_error(error: BaseException, repo_id: str, revision: str, what: str) -> H
         )
     if isinstance(error, RevisionNotFoundError):
         return HubError(f"{asked}: it has no branch, tag or commit '{revision}'; see {address}/commits/main.")
-    status = _status(error)
+    if isinstance(error, HFValidationError):
+        return HubError(f"{asked}: that is no id on the Hub, which is USER/NAME of letters, digits, '-', '_' and '.'.")
+    status = status_of(error)
     if status == 401:
         return HubError(
             f"{asked}: the Hub does not know the token. It may be mistyped or expired: {LOG_IN}; public repositories "
@@ -282,9 +286,8 @@ def remember(repo_id: str, revision: str | None, commit: str, cache_dir: str | N
     revision = revision or _MAIN
     if _is_commit(revision):
         return
-    refs = _references(repo_id, cache_dir)
-    path = refs / revision
-    if not path.resolve().is_relative_to(refs):
+    path = _reference(repo_id, revision, cache_dir)
+    if path is None:
         return
     try:
         if not path.is_file() or path.read_text("utf-8") != commit:
@@ -293,27 +296,33 @@ def remember(repo_id: str, revision: str | None, commit: str, cache_dir: str | N
         pass  # a cache that is only read: online nothing is lost by it
 
 
-def _references(repo_id: str, cache_dir: str | None) -> Path:
-    """Where the Hub's cache has one file for each branch and tag, which holds its commit."""
+def _reference(repo_id: str, revision: str, cache_dir: str | None) -> Path | None:
+    """The file in the Hub's cache that holds the commit of a branch or tag; `None` for a name that leads elsewhere."""
     name = repo_folder_name(repo_id=repo_id, repo_type="model")
-    return Path(cache_dir or constants.HF_HUB_CACHE, name, "refs").expanduser().resolve()
+    references = Path(cache_dir or constants.HF_HUB_CACHE, name, "refs").expanduser().resolve()
+    path = references / revision
+    return path if path.resolve().is_relative_to(references) else None
 
 
 def _is_commit(revision: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
+    """HTTP status of the Hub's answer; `None` if there was none."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """What the server or the library says, on one line."""
     text = getattr(error, "server_message", None) or str(error) or type(error).__name__
-    if (status := _status(error)) is not None:
-        text = f"{status}, {text}"
     return " ".join(str(text).split())[:300].rstrip(".")
+
+
+def _told(error: BaseException) -> str:
+    status = status_of(error)
+    return told(error) if status is None else f"{status}, {told(error)}"
 
 
 def matching(names: Iterable[str], ending: str) -> list[str]:

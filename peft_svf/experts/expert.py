@@ -23,6 +23,7 @@ from peft_svf.experts.bank_config import BASE_FOLDER
 from peft_svf.experts.bank_loading import expert_folder, load_expert, names_hub_model
 from peft_svf.experts.errors import ExpertError
 from peft_svf.experts.files import make_readable, replaced_folder
+from peft_svf.experts.live_facts import facts_of
 from peft_svf.tuner.adapted import adapted_layers
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.names import PEFT_PREFIX, name_in_base
@@ -36,7 +37,7 @@ _CARD = {"README.md", ".eval_results", "levers.png", "moved_components.png", "le
 _FILES = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, EXPERT_FILE, *_CARD}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth of being equal
 class Expert:
     """
     One expert: W' = U Σ diag(z) Vᵀ for each adapted weight (Transformer², arXiv 2501.06252, section 3.1), as numbers.
@@ -62,6 +63,10 @@ class Expert:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, torch.Tensor] = field(default_factory=dict)
     source: str = "the expert"
+
+    def __repr__(self) -> str:
+        count = sum(offset.numel() for offset in self.offsets.values())
+        return f"Expert({self.source!r}: {count:,} offsets of {len(self.offsets)} modules of {self.base_model!r})"
 
     @property
     def z(self) -> dict[str, torch.Tensor]:
@@ -137,7 +142,9 @@ class Expert:
         Args:
             model (`nn.Module`): A model with SVF adapters.
             adapter_name (`str`, *optional*, defaults to `"default"`): The adapter.
-            metadata (`Mapping[str, Any]`, *optional*): See [`Expert`].
+            metadata (`Mapping[str, Any]`, *optional*):
+                See [`Expert`]. Defaults to what the model knows of the expert: from training it, or from the
+                `expert.json` that it was loaded with; nothing if its offsets were changed after that.
 
         Raises:
             ExpertError: There is no SVF adapter of this name, or its values are not finite.
@@ -163,7 +170,8 @@ class Expert:
         config = copy.deepcopy(live)
         config.parametrization = "offset"
         config.inference_mode = True
-        return cls(offsets, config, dict(metadata or {}), others, f"the adapter '{adapter_name}'")
+        facts = facts_of(model, adapter_name) if metadata is None else dict(metadata)
+        return cls(offsets, config, facts, others, f"the adapter '{adapter_name}'")
 
     def with_offsets(self, offsets: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None) -> Expert:
         """
@@ -284,17 +292,22 @@ def adapters_of(model: nn.Module) -> str:
     return ", ".join(f"'{name}'" for name in getattr(model, "peft_config", {})) or "none"
 
 
+def leading_ranks(offsets: Mapping[str, torch.Tensor], full: Mapping[str, int]) -> dict[str, int]:
+    """The `rank_pattern` of those offsets that are fewer than their weight has singular values, as far as known."""
+    return {  # "^": PEFT takes patterns for endings, and one module's name may end with another's
+        f"^{re.escape(name)}": offset.shape[-1]
+        for name, offset in offsets.items()
+        if offset.shape[-1] != full.get(name)
+    }
+
+
 def _describe(offsets: Mapping[str, torch.Tensor], config: SVFConfig) -> None:
     """Let `config` say which modules are adapted, and of which of them only the leading components."""
     fingerprint = config.base_fingerprint or {}
     full = {name: int(min(sketch[:2])) for name, sketch in fingerprint.items()}
     config.target_modules = set(offsets)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = config.rank = None
-    config.rank_pattern = {  # "^": PEFT takes patterns for endings, and one module's name may end with another's
-        f"^{re.escape(name)}": offset.shape[-1]
-        for name, offset in offsets.items()
-        if offset.shape[-1] != full.get(name)
-    }
+    config.rank_pattern = leading_ranks(offsets, full)
     config.base_fingerprint = {name: fingerprint[name] for name in offsets if name in fingerprint}
 
 

@@ -32,6 +32,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     Args:
         target (`Path`): absolute path; an existing folder is replaced, and put back if the rename fails.
     """
+    target = target.resolve()  # of a link, what it leads to is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     staging.mkdir()

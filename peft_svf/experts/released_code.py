@@ -40,6 +40,7 @@ from peft_svf.experts.expert import Expert
 from peft_svf.spectrum import cached_singular_basis, weight_sketch
 from peft_svf.tuner.config import SVFConfig
 from peft_svf.tuner.layer import basis_dtype
+from peft_svf.tuner.names import in_layer
 
 
 Mask = Literal["sigmoid", "identity"]
@@ -101,7 +102,8 @@ def import_released_expert(
     matrices = _mlp_matrices(base_model)
     tensors = read_tensors(source)
     if layers is not None:
-        matrices = {name: module for name, module in matrices.items() if _layer_of(name) in set(layers)}
+        wanted = set(layers)
+        matrices = {name: m for name, m in matrices.items() if (place := in_layer(name)) and place.layer in wanted}
     found = _vectors(tensors, matrices, source)
     if mask is not None:
         found = _Vectors(found.kind, found.vectors, _checked_mask(mask, found))
@@ -198,11 +200,6 @@ def _mlp_matrices(base_model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     if not found:
         raise ExpertError('The model has no linear layer with "mlp" in its name, which is what the code adapts.')
     return found
-
-
-def _layer_of(name: str) -> int | None:
-    number = re.search(r"\.(\d+)\.", name)
-    return int(number[1]) if number else None
 
 
 def _vectors(

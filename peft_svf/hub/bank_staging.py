@@ -9,19 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 
-from peft_svf.experts.adapter_files import read_facts, read_json
+from peft_svf.experts.adapter_files import PICKLED, read_facts, read_json
 from peft_svf.experts.bank_config import BASE_FOLDER, BankConfig, ExpertBankError
 from peft_svf.experts.errors import HubError
 from peft_svf.experts.expert import write_facts
 from peft_svf.hub.base_reference import BaseReference, find_base
+from peft_svf.hub.destination import Destination
 from peft_svf.hub.facts import as_mapping, published_facts, without_local_paths
+from peft_svf.hub.kept_facts import kept_facts, kept_facts_of_bank
 from peft_svf.hub.layout import OF_CARD, OF_EXPERT, PROCESSING
+from peft_svf.hub.remote import Remote
 from peft_svf.hub.staging import check_expert, copy_files, refer_to
-from peft_svf.hub_cards.bank_facts import BANK_FILE
+from peft_svf.hub_cards.bank_facts import BANK_FILE, LARGEST
 
 
 if TYPE_CHECKING:
     from peft_svf.experts.bank import ExpertBank
+
+_NEVER_LOADED = shutil.ignore_patterns("*.py", *(f"*{ending}" for ending in PICKLED))  # of a base model in a bank
 
 
 def base_of_bank(
@@ -50,8 +55,9 @@ def base_of_bank(
         name = str(loaded._name_or_path) or None
         candidates = [(name, getattr(loaded, "_commit_hash", None) or live.base_revision)]
     else:
-        is_inside = (Path(str(source)) / config.base_model_name_or_path).is_dir()
-        name = str(Path(str(source)) / BASE_FOLDER) if is_inside else config.base_model_name_or_path
+        name = config.base_model_name_or_path
+        if name == BASE_FOLDER:
+            name = str(Path(str(source)) / BASE_FOLDER)
         candidates = [(name, config.base_revision)]
     if include_base:
         if given[0] is not None:
@@ -81,7 +87,9 @@ def stage_bank(source: ExpertBank | Path, folder: Path, base: BaseReference) -> 
     replace(config, base_model_name_or_path=base.model, base_revision=base.revision).write(folder)
 
 
-def finish_bank(folder: Path, base: BaseReference, given: Any, repo_id: str, local_base: str | None) -> None:
+def finish_bank(
+    folder: Path, base: BaseReference, given: Any, destination: Destination, before: Remote, local_base: str | None
+) -> None:
     """
     Complete the staged experts and the bank itself with facts and cards, and read everything back.
 
@@ -89,7 +97,8 @@ def finish_bank(folder: Path, base: BaseReference, given: Any, repo_id: str, loc
         folder (`Path`): Written by [`stage_bank`]; changed in place.
         base ([`BaseReference`]): The base model.
         given (`Mapping[str, Any]` or `BankCardData`, *optional*): What is known of the bank as a whole.
-        repo_id (`str`): Where it will be.
+        destination ([`~peft_svf.hub.destination.Destination`]): Where it will be.
+        before ([`~peft_svf.hub.remote.Remote`]): What is there now.
         local_base (`str`, *optional*): Where this machine has the base model.
     """
     from peft_svf.hub_cards import write_bank_card, write_expert_card  # not before they are needed: they can draw
@@ -97,21 +106,26 @@ def finish_bank(folder: Path, base: BaseReference, given: Any, repo_id: str, loc
     config = BankConfig.read(folder)
     for name in config.adapters:
         what, entry = _what(name), config.experts.get(name)
-        defaults = {"label": entry.label, "description": entry.description or None} if entry else {}
-        facts = published_facts(read_facts(folder / name, what), None, name, None, base, defaults)
+        defaults = {"label": entry.label, "description": entry.description} if entry else {}
+        defaults = {key: value for key, value in defaults.items() if value}
+        recorded = read_facts(folder / name, what)
+        kept = kept_facts(before, destination, folder / name, name, {*recorded, *defaults})
+        facts = published_facts(recorded, None, name, None, base, {**kept, **defaults})
         refer_to(folder / name, base, what, local_base)
         write_facts(folder / name, facts)
         check_expert(folder / name, what)
     if config.classifier is not None:
-        write_expert_card(folder / config.classifier, bank=repo_id)
-    said: dict[str, Any] = {"name": repo_id.split("/")[1], **_recorded(folder), **as_mapping(given)}
-    write_bank_card(folder, {**without_local_paths(said), "repo_id": repo_id})
+        write_expert_card(folder / config.classifier, bank=destination.repo_id)
+    known = {**_recorded(folder), **as_mapping(given)}
+    kept = kept_facts_of_bank(before, destination, folder, config.adapters, known)
+    said: dict[str, Any] = {"name": destination.repo_id.split("/")[1], **kept, **known}
+    write_bank_card(folder, {**without_local_paths(said), "repo_id": destination.repo_id})
     BankConfig.read(folder)
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
     path = folder / BANK_FILE
-    return read_json(path, "the bank", path.stat().st_size) if path.is_file() else {}
+    return read_json(path, "the bank", LARGEST) if path.is_file() else {}
 
 
 def _what(name: str) -> str:
@@ -136,6 +150,6 @@ def copy_bank(source: Path, folder: Path, keeps_base: bool) -> None:
         copy_files(source / name, folder / name, OF_EXPERT)
     has_own = any((source / file).is_file() for file in PROCESSING)
     if keeps_base:
-        shutil.copytree(source / BASE_FOLDER, folder / BASE_FOLDER)
+        shutil.copytree(source / BASE_FOLDER, folder / BASE_FOLDER, ignore=_NEVER_LOADED)
     if has_own or not keeps_base:  # the tokenizer that the bank was saved with
         copy_files(source if has_own else source / BASE_FOLDER, folder, PROCESSING)

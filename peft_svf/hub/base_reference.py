@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from peft_svf.experts.bank_config import BASE_FOLDER
 from peft_svf.experts.base_commit import cached_commit
+from peft_svf.experts.download import is_hub_id
 from peft_svf.experts.errors import HubError
 from peft_svf.hub.errors import as_hub_errors
 
@@ -58,7 +58,7 @@ def find_base(
     """
     model, revision = given
     if model is not None:
-        if not is_hub_id(model):
+        if not is_hub_id(model, needs_owner=False):
             raise HubError(f"base_model={model!r} is no Hub id such as 'user/base'; {remedy}")
         return _pinned(model, revision, what, remedy, api)
     for name, recorded in candidates:
@@ -81,18 +81,9 @@ def on_hub(name: str | None, revision: str | None = None) -> BaseReference | Non
     cached = path.parent.parent.name.split("--")
     if path.parent.name == "snapshots" and cached[0] == "models" and _COMMIT.fullmatch(path.name):
         return BaseReference("/".join(cached[1:]), path.name)
-    if name == BASE_FOLDER or path.exists() or not is_hub_id(name):
+    if name == BASE_FOLDER or not is_hub_id(name, needs_owner=False) or path.exists():
         return None
     return BaseReference(name, revision)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a repository's on the Hub."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _pinned(model: str, revision: str | None, what: str, remedy: str, api: HfApi) -> BaseReference:
@@ -101,7 +92,7 @@ def _pinned(model: str, revision: str | None, what: str, remedy: str, api: HfApi
         return BaseReference(model, revision)
     with as_hub_errors(f"find the base model {model} of {what}"):
         try:
-            return BaseReference(model, api.model_info(model, revision=revision).sha)
+            info = api.model_info(model, revision=revision)
         except RevisionNotFoundError as error:
             raise HubError(f"The base model {model} has no revision '{revision}'; give its commit.") from error
         except RepositoryNotFoundError as error:
@@ -109,3 +100,16 @@ def _pinned(model: str, revision: str | None, what: str, remedy: str, api: HfApi
                 f"The base model of {what} is called '{model}', and the Hub has none of that name (or does not show "
                 f"it to you); {remedy}"
             ) from error
+    _check_base({file.rfilename for file in info.siblings or ()}, model, what)
+    return BaseReference(model, info.sha)
+
+
+def _check_base(files: set[str], model: str, what: str) -> None:
+    """Refuse a repository of experts, onto which no expert can be loaded."""
+    if f"{BASE_FOLDER}/config.json" in files:
+        raise HubError(
+            f"{model} is a bank, which holds its base model in a folder, and the base model of {what} must have a "
+            "repository of its own; push the base model there (its push_to_hub), and give that id."
+        )
+    if "adapter_config.json" in files and "config.json" not in files or "modeling_transformer2.py" in files:
+        raise HubError(f"{model} holds experts, and is no base model; give the id of the base model of {what}.")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitInfo, HfApi, get_token
 
+from peft_svf.experts.download import is_hub_id
 from peft_svf.experts.errors import HubError
-from peft_svf.hub.base_reference import is_hub_id
 from peft_svf.hub.errors import LOG_IN, as_hub_errors
+
+
+_GIT_NAME = re.compile(r"(?!.*(\.\.|//|/\.|\./|\.lock$))\w[\w./+-]*(?<![./])", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Destination:
 
     repo_id: str
     private: bool | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)  # a secret is in no message
     branch: str | None = None
     tag: str | None = None
     commit_message: str | None = None
@@ -33,8 +37,11 @@ class Destination:
     tags: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.repo_id, str) or not is_hub_id(self.repo_id):
+        if not is_hub_id(self.repo_id, needs_owner=False):
             raise HubError(f"{self.repo_id!r} is no Hub id; it is USER/NAME, of letters, digits, '-', '_' and '.'.")
+        for kind, name in (("branch", self.branch), ("tag", self.tag)):
+            if name is not None and not _GIT_NAME.fullmatch(name):
+                raise HubError(f"{name!r} cannot name a {kind}: use letters, digits, '-', '_', '.' and '/'.")
         if self.create_pr and self.tag is not None:
             raise HubError("A pull request cannot be tagged before it is merged; leave out tag=, or create_pr=.")
         if self.token is False or (self.token in (None, True) and get_token() is None):
@@ -77,3 +84,13 @@ class Pushed:
     repo_id: str
     unchanged: bool = False
     pull_request: str | None = None
+
+    def as_commit_info(self, message: str, description: str | None = None) -> CommitInfo:
+        """The same as transformers' `push_to_hub` returns it."""
+        return CommitInfo(
+            commit_url=f"{self.url}/commit/{self.commit}",
+            commit_message=message,
+            commit_description=description or "",
+            oid=self.commit,
+            pr_url=self.pull_request,
+        )

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from peft_svf.experts.download import is_unreachable
+from peft_svf.experts.download import HTTP_ERROR, is_unreachable, status_of, told
 from peft_svf.experts.errors import HubError
 
 
 TOKENS = "https://huggingface.co/settings/tokens"
 LOG_IN = f"log in with `hf auth login`, or set HF_TOKEN to a token with write access from {TOKENS}"
-# Of whichever HTTP library this version of huggingface_hub is built on; OSError covers the Hub's own answers
-_HTTP_ERROR: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
-HUB_FAULTS: tuple[type[Exception], ...] = (_HTTP_ERROR, OSError)
+HUB_FAULTS: tuple[type[Exception], ...] = (HTTP_ERROR, OSError)  # OSError covers the Hub's own answers
 _CAUGHT: tuple[type[Exception], ...] = (*HUB_FAULTS, ValueError, RuntimeError)
 
 
@@ -40,35 +38,24 @@ def as_hub_errors(doing: str, note: str = "") -> Iterator[None]:
         raise HubError(f"Cannot {doing}: {_reason(cause)}{note}") from error
 
 
-def status_of(error: BaseException) -> int | None:
-    """HTTP status of the Hub's answer; `None` if there was none."""
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
 def _reason(error: Exception) -> str:
-    status, told = status_of(error), _told(error)
+    status, said = status_of(error), told(error)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it to reach the Hub."
     if isinstance(error, LocalTokenNotFoundError):
         return f"there is no token; {LOG_IN}."
     if status is None and is_unreachable(error):
-        return f"the Hub cannot be reached, or the connection broke ({told}); try again, nothing is sent twice."
+        return f"the Hub cannot be reached, or the connection broke ({said}); try again, nothing is sent twice."
     if status == 401:
-        return f"the Hub does not accept the token ({told}); {LOG_IN}."
+        return f"the Hub does not accept the token ({said}); {LOG_IN}."
     if status == 403:
-        return f"the token may not do this ({told}); use one with write access, and a repository of your own."
+        return f"the token may not do this ({said}); use one with write access, and a repository of your own."
     if status == 404:
-        return f"the Hub has no such repository or branch, or does not show it to you ({told}); check its name."
+        return f"the Hub has no such repository or branch, or does not show it to you ({said}); check its name."
     if status in (409, 412):
-        return f"somebody else changed it meanwhile ({told}); try again."
+        return f"somebody else changed it meanwhile ({said}); try again."
     if status == 429:
-        return f"too many requests ({told}); wait some minutes and try again."
+        return f"too many requests ({said}); wait some minutes and try again."
     if status is not None and status >= 500:
-        return f"the Hub has a fault ({status}, {told}); try again later, nothing is sent twice."
-    return f"{told}."
-
-
-def _told(error: Exception) -> str:
-    """What the server or the library says, on one line, without the advice that follows it."""
-    text = getattr(error, "server_message", None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:300].rstrip(".")
+        return f"the Hub has a fault ({status}, {said}); try again later, nothing is sent twice."
+    return f"{said}."

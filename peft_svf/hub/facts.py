@@ -74,6 +74,15 @@ def local_places() -> list[str]:
 def _shortened(path: str) -> str:
     places = [str(place) for place in (Path.home(), Path.cwd(), Path(tempfile.gettempdir())) if len(place.parts) > 1]
     expanded = Path(path).expanduser()
-    if any(expanded.is_relative_to(place) for place in places) or (len(expanded.parts) > 2 and expanded.exists()):
+    if any(expanded.is_relative_to(place) for place in places) or (len(expanded.parts) > 2 and _exists(expanded)):
         return expanded.name
     return path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:  # within a folder of somebody else
+        return True
+    except OSError:  # too long to be a path
+        return False

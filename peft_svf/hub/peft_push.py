@@ -65,10 +65,4 @@ def push_model(
         active = model.active_adapter
         others = [name for name in model.peft_config if name != active]
         pushed = push_experts({"": (model, active), **{name: (model, name) for name in others}}, destination)
-    return CommitInfo(
-        commit_url=f"{pushed.url}/commit/{pushed.commit}",
-        commit_message=message,
-        commit_description=commit_description or "",
-        oid=pushed.commit,
-        pr_url=pushed.pull_request,
-    )
+    return pushed.as_commit_info(message, commit_description)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peft_svf.experts.adapter_files import read_config, read_json
-from peft_svf.experts.bank_config import BASE_FOLDER, MODEL_TYPE, BankConfig, check_replaceable
+from peft_svf.experts.adapter_files import read_config
+from peft_svf.experts.bank_config import BASE_FOLDER, BankConfig, check_replaceable, is_bank
 from peft_svf.experts.download import Download, download
 from peft_svf.experts.errors import ExpertError
 from peft_svf.experts.expert import Expert
@@ -16,7 +16,6 @@ from peft_svf.hub.layout import ADAPTER, BANK, EXPERT, OF_BANK, OF_CARD, OF_EXPE
 from peft_svf.hub.staging import check_expert, copy_files
 
 
-_LARGEST_CONFIG = 64 * 2**20  # bytes
 _WEIGHTS = ("*.safetensors", "*.json")  # of a base model inside a bank; no pickles, no code
 
 
@@ -77,7 +76,7 @@ def pull(
     kind = _kind_of(first)
     if target is not None:
         _check_target(target, kind)
-    patterns = list(OF_EXPERT) if kind == EXPERT else _bank_patterns(BankConfig.read(first.folder))
+    patterns = list(OF_EXPERT) if kind == EXPERT else _bank_patterns(BankConfig.read(first.folder, is_foreign=True))
     found = download(repo_id, first.commit, token, patterns, kind)
     pulled = _checked(found, kind)
     if target is None:
@@ -94,8 +93,7 @@ def pull(
 
 def _kind_of(found: Download) -> str:
     where = f"{found.repo_id} at {found.commit[:7]}"
-    config = found.folder / "config.json"
-    if config.is_file() and read_json(config, where, _LARGEST_CONFIG).get("model_type") == MODEL_TYPE:
+    if is_bank(found.folder, where):
         return BANK
     if (found.folder / ADAPTER).is_file():
         return EXPERT
@@ -117,7 +115,7 @@ def _checked(found: Download, kind: str) -> Pulled:
     if kind == EXPERT:
         folders, base = {"": found.folder}, None
     else:
-        bank = BankConfig.read(found.folder)
+        bank = BankConfig.read(found.folder, is_foreign=True)
         folders, base = {name: found.folder / name for name in bank.adapters}, bank
         if bank.base_model_name_or_path == BASE_FOLDER and not (found.folder / BASE_FOLDER / "config.json").is_file():
             raise ExpertError(f"{where} is incomplete: its base model is missing; ask for it to be pushed again.")

@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers.utils import logging
 
 from peft_svf.experts.adapter_files import read_config, read_facts
 from peft_svf.experts.bank_config import BankConfig
 from peft_svf.experts.errors import ExpertError
 from peft_svf.experts.expert import Expert
+from peft_svf.experts.live_facts import facts_are_outdated
 from peft_svf.hub.bank_staging import base_of_bank, finish_bank, stage_bank
 from peft_svf.hub.base_reference import find_base
 from peft_svf.hub.destination import Destination, Pushed
-from peft_svf.hub.facts import published_facts
+from peft_svf.hub.facts import as_mapping, published_facts
+from peft_svf.hub.kept_facts import kept_facts, remote_before
 from peft_svf.hub.layout import ADAPTER, BANK, EXPERT, OF_EXPERT
+from peft_svf.hub.remote import Remote
 from peft_svf.hub.staging import copy_files, finish_expert, seal
 from peft_svf.hub.upload import upload
 
@@ -25,6 +29,7 @@ from peft_svf.hub.upload import upload
 if TYPE_CHECKING:
     from peft_svf.experts.bank import ExpertBank
 
+logger = logging.get_logger(__name__)
 _REMEDY = "push the base model first (its push_to_hub), then give its id, base_model='user/base' (--base-model)."
 
 
@@ -52,6 +57,10 @@ def push_expert(
     It can be loaded by PEFT (`PeftModel.from_pretrained(base, repo_id)`, after `import peft_svf`), as an
     [`~peft_svf.Expert`], and added to a bank. Pushing the same again commits nothing. Call it in one process only.
 
+    The facts of a live model are those that it was loaded or trained with, as long as its values are the same. What
+    the repository says already and this push does not stays, if it is the same expert; of another one, only name,
+    label, description, license and languages ([`peft_svf.hub.kept_facts`]).
+
     Args:
         source ([`~peft_svf.Expert`], `str`, `Path` or `nn.Module`): The expert, its folder, or a model that has it.
         repo_id (`str`): `"user/name"`; without a user, yours. The repository is created if there is none.
@@ -70,7 +79,8 @@ def push_expert(
         create_pr (`bool`, *optional*, defaults to `False`): Open a pull request instead.
         collection (`str`, *optional*): Title or slug of a collection, see [`add_to_collection`].
         tags (`Sequence[str]`, *optional*): Further tags of the card.
-        facts (`Mapping` or [`~peft_svf.hub_cards.ExpertCardData`], *optional*): What the card says besides.
+        facts (`Mapping` or [`~peft_svf.hub_cards.ExpertCardData`], *optional*):
+            What the card says besides; a value of `None` takes back what the repository says.
 
     Returns:
         [`Pushed`]: The page, the commit, and whether there was anything new.
@@ -100,6 +110,7 @@ def push_experts(
         given_base (`tuple[str | None, str | None]`, *optional*): Hub id and revision of the base model.
         facts (*optional*): Of the expert at the root.
     """
+    before: Remote | None = None
     with tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary) / "repository"
         places: set[str] = {temporary}
@@ -110,13 +121,16 @@ def push_experts(
             base = find_base(given_base, candidates, what, _REMEDY, destination.api)
             folder = staging / name
             recorded = _write(expert, folder, what)
+            before = before or remote_before(destination)
+            given = {} if name else as_mapping(facts)
+            kept = kept_facts(before, destination, folder, name, {*recorded, *given})
             title, repo_id = (name, None) if name else (destination.repo_id.split("/")[1], destination.repo_id)
-            told = published_facts(recorded, None if name else facts, title, repo_id, base)
+            told = published_facts(recorded, given, title, repo_id, base, kept)
             local = candidates[0][0]
             finish_expert(folder, base, told, what, local)
             places |= {*_absolute(local), *_absolute(expert)}
         seal(staging, destination.tags, sorted(places))
-        return upload(staging, destination, EXPERT)
+        return upload(staging, destination, EXPERT, before or remote_before(destination))
 
 
 def push_bank(
@@ -173,10 +187,11 @@ def push_bank(
     with tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary) / "repository"
         stage_bank(source, staging, base)
-        finish_bank(staging, base, facts, destination.repo_id, local)
+        before = remote_before(destination)
+        finish_bank(staging, base, facts, destination, before, local)
         places = {temporary, *_absolute(local), *_absolute(source)}
         seal(staging, destination.tags, sorted(places))
-        return upload(staging, destination, BANK)
+        return upload(staging, destination, BANK, before)
 
 
 def _read(source: Expert | str | Path | nn.Module, adapter_name: str) -> Expert | Path:
@@ -184,6 +199,11 @@ def _read(source: Expert | str | Path | nn.Module, adapter_name: str) -> Expert 
     if isinstance(source, Expert):
         return source
     if isinstance(source, nn.Module):
+        if facts_are_outdated(source, adapter_name):
+            logger.warning(
+                f"The adapter '{adapter_name}' has changed since its facts were recorded (task, results and so on), "
+                "so its card does not repeat them; pass facts={...} with what is true of it now."
+            )
         return Expert.from_model(source, adapter_name)
     folder = Path(source)
     if not (folder / ADAPTER).is_file():

@@ -94,7 +94,7 @@ def _what_it_is(destination: Destination, head: str, files: dict[str, str]) -> t
     )
     try:
         config = json.loads(Path(path).read_text("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         return "another model", ()

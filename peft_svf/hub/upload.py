@@ -18,7 +18,7 @@ from peft_svf.hub_cards.card_files import CARD
 _UNREADABLE: tuple[type[Exception], ...] = (HubError, *HUB_FAULTS)
 
 
-def upload(folder: Path, destination: Destination, kind: str) -> Pushed:
+def upload(folder: Path, destination: Destination, kind: str, before: Remote) -> Pushed:
     """
     Make a repository hold what is in `folder`, and of a former push nothing else; files of its owner stay.
 
@@ -26,6 +26,8 @@ def upload(folder: Path, destination: Destination, kind: str) -> Pushed:
         folder (`Path`): Everything that shall be on the Hub, as it shall be there.
         destination ([`Destination`]): Where.
         kind (`str`): `EXPERT` or `BANK`; a repository that holds another kind is refused.
+        before ([`~peft_svf.hub.remote.Remote`]): The repository as it was found; if it has changed since, the push
+            is refused.
 
     Returns:
         [`Pushed`]: The commit; if the Hub has the same files already, that of these, and none is made.
@@ -37,7 +39,6 @@ def upload(folder: Path, destination: Destination, kind: str) -> Pushed:
     doing = f"push to {destination.repo_id}"
     staged = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     with as_hub_errors(doing):
-        before = read_remote(destination)
         _check_free(before, destination, kind)
         if not before.exists:
             destination.api.create_repo(destination.repo_id, private=destination.private, exist_ok=True)

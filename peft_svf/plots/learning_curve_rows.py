@@ -46,5 +46,8 @@ def read_learning_curve(path: str | os.PathLike[str]) -> list[Row]:
         reader = csv.DictReader(file)
         if "step" not in (reader.fieldnames or ()):
             raise ValueError(f"{path} is not a learning curve: it has no column `step`.")
-        rows = [{name: float(value) for name, value in row.items() if value} for row in reader]
-    return [{**row, "step": int(row["step"])} for row in rows]
+        try:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in reader]
+            return [{**row, "step": int(row["step"])} for row in rows]
+        except (csv.Error, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a learning curve, or damaged: row {reader.line_num}, {error}.") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_svf.experts.expert import Expert
 from peft_svf.plots.places import Places, places_of
-from peft_svf.plots.text_table import table
+from peft_svf.text_table import table
 
 
 MOST_COLUMNS = 8  # kinds of modules beside one another; more follow below

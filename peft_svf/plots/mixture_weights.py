@@ -92,7 +92,7 @@ def _checked(weights: Weights) -> dict[str, dict[str, float]]:
         if not parts:
             raise ValueError(f"There are no weights{where}.")
         for name, weight in parts.items():
-            if not isinstance(weight, Real) or not -LARGEST < float(weight) < LARGEST:  # nor NaN
+            if not isinstance(weight, Real) or not abs(parts[name]) < LARGEST:  # nor NaN
                 raise ValueError(f"The weight of expert {name!r}{where} must be a finite number, got {weight!r:.40}.")
     return {bar: {name: float(weight) for name, weight in parts.items()} for bar, parts in bars.items()}
 

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from peft_svf.tuner.names import in_layer
+
 
 OUTSIDE = "outside"  # the row of modules that are in no layer, as `lm_head`
 MOST_LABELS = 24
-_IN_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<index>\d+)\.(?P<role>.+)")  # "model.layers." "3" "mlp.up_proj"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _USUAL_ORDER = ("q", "k", "v", "qkv", "query", "key", "value", "c_attn", "o", "out", "gate", "up", "gate_up", "down")
 
@@ -65,10 +66,8 @@ def numbered_layers(layers: Sequence[str]) -> list[int]:
 
 def _split(name: str) -> tuple[str, int | None, str]:
     """Stack of layers, number of the layer in it (`None` outside), and role."""
-    match = _IN_LAYER.fullmatch(name)
-    if match is None:
-        return "", None, name
-    return match["stack"], int(match["index"]), _NUMBER.sub("*", match["role"])
+    stack, layer, role = in_layer(name) or ("", None, name)
+    return stack, layer, role if layer is None else _NUMBER.sub("*", role)
 
 
 def _usual_order(role: str) -> tuple[bool, int, str]:
@@ -79,7 +78,7 @@ def _usual_order(role: str) -> tuple[bool, int, str]:
 
 
 def _labels(layers: list[tuple[str, int | None]], stacks: list[str]) -> list[str]:
-    parts = {stack: stack.split(".")[:-1] for stack in stacks}  # "model.layers." ends in a dot
+    parts = {stack: stack.split(".") if stack else [] for stack in stacks}
     short = dict.fromkeys(stacks, "")
     if len(stacks) > 1:
         shortest = min(map(len, parts.values()))
@@ -87,7 +86,7 @@ def _labels(layers: list[tuple[str, int | None]], stacks: list[str]) -> list[str
         tails = {stack: p[same:] for stack, p in parts.items()}
         short = {stack: f"{(tail or parts[stack] or ['layer'])[0]} " for stack, tail in tails.items()}
         if len(set(short.values())) < len(stacks):
-            short = {stack: f"{stack.rstrip('.')} " for stack in stacks}
+            short = {stack: f"{stack} " for stack in stacks}
     return [OUTSIDE if index is None else f"{short[stack]}{index}" for stack, index in layers]
 
 

@@ -20,12 +20,11 @@ from peft_svf.tuner.adapted import adapted_name
 from peft_svf.tuner.base_check import OTHER_MODEL
 from peft_svf.tuner.checkpoint_weights import CheckpointWeights
 from peft_svf.tuner.layer import SVFLayer
-from peft_svf.tuner.names import name_in_base
+from peft_svf.tuner.names import in_layer, name_in_base
 
 
 PAPER_COMPONENTS = 256  # of which the paper says how little they hold
 PAPER_RANK = 4096  # of the square matrices of Llama-3-8B, of which it says so
-_IN_LAYER = re.compile(r"(.*\.)?\d+\..+")
 _STACK = re.compile(r"\.experts\.[^.]+$")  # a fused parameter: one matrix for each expert of a mixture of experts
 
 
@@ -175,7 +174,7 @@ def _of_model(model: nn.Module, names: Collection[str] | None) -> Iterator[tuple
         chosen = list(names)
     else:
         adapted = [name for name, weight in found.items() if isinstance(weight, SVFLayer)]
-        chosen = adapted or [name for name in found if _IN_LAYER.fullmatch(name)]
+        chosen = adapted or [name for name in found if in_layer(name)]
     for name in chosen:
         yield name, _with_spectrum(found[name])
 
@@ -207,7 +206,7 @@ def _matrices(folder: Path) -> list[str]:
             raise ValueError(f"{path} is damaged: {error}") from error
         for key, shape in shapes.items():
             stack = len(shape) == 3 and _STACK.search(key)
-            if _IN_LAYER.fullmatch(key) and (stack or (len(shape) == 2 and key.endswith(".weight"))):
+            if in_layer(key) and (stack or (len(shape) == 2 and key.endswith(".weight"))):
                 names.append(key if stack else key.removesuffix(".weight"))
     return sorted(names)
 

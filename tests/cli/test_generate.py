@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import sys
@@ -10,11 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 from transformers import pipeline
 
 import peft_svf  # noqa: F401 - registers the pipeline
 from peft_svf.answering import Processes
 from peft_svf.cli import generate, main
+from peft_svf.cli.banks import load_bank
 from peft_svf.cli.terminal import indented, one_line, visible
 from peft_svf.playground import BANK_FOLDER
 
@@ -86,6 +89,22 @@ def test_a_base_model_takes_experts_from_folders(pipe: Any, capsys: pytest.Captu
     (line,) = json_lines(capsys)
     assert (line["expert"], line["answer"]) == ("sums", answer(pipe, APPLES, expert="math"))
     assert line["answer"] != answer(pipe, APPLES, expert="others")
+
+
+def test_experts_of_a_banks_folder_bring_their_labels_and_need_no_hub(capsys: pytest.CaptureFixture[str]) -> None:
+    """The expert's file calls its base model "base", which is inside the bank."""
+    words = ["--adapter", str(BANK_FOLDER / "code"), "--adapter", f"sums={BANK_FOLDER / 'math'}"]
+    parsed = argparse.Namespace(
+        model=str(BANK_FOLDER / "base"), adapter=words[1::2], revision=None, dtype="auto", device_map=None
+    )
+    bank = load_bank(parsed, PartialState())
+    assert {name: entry.label for name, entry in bank.experts.items()} == {"code": "code", "sums": "math"}
+    assert bank.experts["code"].description == "small Python functions of one number"
+    assert bank.facts["sums"]["steps"] == 60 and bank.instruction is None
+    parsed.model = None  # the playground's bank, in which the label "math" is taken
+    parsed.adapter = words[-1:]
+    assert load_bank(parsed, PartialState()).experts["sums"].label == "sums"
+    capsys.readouterr()
 
 
 def test_sampling_is_repeatable_and_has_a_seed(capsys: pytest.CaptureFixture[str]) -> None:

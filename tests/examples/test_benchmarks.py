@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PARTS = "memory,mixed,file,8b,8b-file"  # of the benchmark of the tuner; the rest takes longer than a test may
 RUN_ALL = """

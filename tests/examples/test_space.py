@@ -291,6 +291,7 @@ def page(
     yield Page(browser, tools, serve(answerer, "playground"), folder)
 
 
+@pytest.mark.slow
 def test_by_keyboard_alone_ask_turn_a_knob_and_let_it_choose(page: Page, answerer: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -316,6 +317,7 @@ def test_by_keyboard_alone_ask_turn_a_knob_and_let_it_choose(page: Page, answere
     page.wait(lambda: page.browser.execute_script(knob) == "1")
 
 
+@pytest.mark.slow
 def test_examples_and_the_keyboard_shortcut_answer(page: Page, space: SimpleNamespace, answerer: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -330,6 +332,7 @@ def test_examples_and_the_keyboard_shortcut_answer(page: Page, space: SimpleName
     assert page.browser.execute_script("return document.querySelector('#prompt textarea').value") == example
 
 
+@pytest.mark.slow
 def test_hostile_text_is_shown_as_text(
     page: Page, space: SimpleNamespace, answerer: Any, serve: Callable[..., str]
 ) -> None:
@@ -349,6 +352,7 @@ def test_hostile_text_is_shown_as_text(
     assert not page.browser.execute_script("return document.querySelectorAll('.gradio-container img').length")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 def test_phone_shows_all_without_sideways_scrolling(page: Page, dark: bool) -> None:
     page.open(375, 812, dark)
@@ -363,6 +367,7 @@ def test_phone_shows_all_without_sideways_scrolling(page: Page, dark: bool) -> N
     assert page.browser.execute_script(page.tools.FAINT_TEXT) == []
 
 
+@pytest.mark.slow
 def test_every_control_has_a_name_and_the_page_a_language(page: Page) -> None:
     page.open(1200, 900)
     controls = page.browser.execute_script(page.tools.NAMES_OF_CONTROLS)
@@ -371,6 +376,7 @@ def test_every_control_has_a_name_and_the_page_a_language(page: Page) -> None:
     assert page.browser.execute_script("return document.documentElement.lang") == "en"
 
 
+@pytest.mark.slow
 def test_nothing_but_this_machine_is_asked(page: Page, looked_up: set[str]) -> None:
     page.open(1200, 900)
     asked = page.tools.requested_hosts(page.browser)  # of all tests so far, too

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from peft_svf import ExpertBank
+from peft_svf import ExpertBank, SVFConfig
 from peft_svf.experts import ExpertBankError, ExpertEntry
 
 
@@ -236,3 +236,27 @@ def test_base_only_restores_the_model_after_an_exception(bank):
     assert bank.model.active_adapter == "code"
     assert not any(p.requires_grad for name, p in bank.model.named_parameters() if "svf_" in name)
     assert torch.equal(logits(bank, "math"), before)
+
+
+def test_the_base_of_fused_experts_is_saved_as_it_was(character_tokenizer, tmp_path):
+    """Two adapted parameters of one module, which PEFT wraps one around the other, and a module trained whole."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_local_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = MixtralForCausalLM(MixtralConfig(vocab_size=100, initializer_range=0.3, **sizes, **heads)).eval()
+        weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+        fused = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        options = {"target_modules": ["q_proj"], "target_parameters": fused, "modules_to_save": ["lm_head"]}
+        model = get_peft_model(base, SVFConfig(task_type="CAUSAL_LM", init_weights=False, **options), "math")
+    bank = ExpertBank(model, character_tokenizer)
+    folder = bank.save_pretrained(tmp_path / "bank", include_base=True)
+    saved = AutoModelForCausalLM.from_pretrained(folder / "base").state_dict()
+    assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in weights)
+    bank.model.set_adapter("math")
+    with torch.no_grad():
+        expected = bank.model(IDS).logits
+    loaded = ExpertBank.from_pretrained(folder)
+    with loaded.routed("math") as routed, torch.no_grad():
+        torch.testing.assert_close(routed(IDS).logits, expected)
+    assert not torch.allclose(expected, AutoModelForCausalLM.from_pretrained(folder / "base")(IDS).logits, atol=1e-3)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from peft_svf import SVFConfig
@@ -269,3 +269,29 @@ def test_models_that_wrap_or_inject_the_adapter_give_the_same_expert(tiny_llama,
         torch.manual_seed(0)
         wrapped = inject_adapter_in_model(SVFConfig(init_weights=False, modules_to_save=["lm_head"]), tiny_llama())
     assert equal(Expert.from_model(wrapped), expected)
+
+
+def test_offsets_that_are_not_finite_cannot_hide_behind_another_tensor_of_their_name(tmp_path) -> None:
+    Expert.from_pretrained(BANK_FOLDER / "math").save_pretrained(tmp_path / "math")
+    path = tmp_path / "math" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(iter(tensors))
+    name = key.removeprefix("base_model.model.").removesuffix(".svf_offset.weight")
+    save_file({**tensors, key: torch.full_like(tensors[key], torch.nan), name: torch.zeros(1)}, path)
+    with pytest.raises(ExpertError, match=f"'{re.escape(name)}' has values that are not finite"):
+        Expert.from_pretrained(tmp_path / "math")
+
+
+def test_experts_are_compared_as_objects_and_shown_in_a_line() -> None:
+    one, other = (Expert.from_pretrained(BANK_FOLDER / "math") for _ in range(2))
+    assert one == one and one != other and len({one, other}) == 2
+    assert re.fullmatch(r"Expert\(.*math.*: [\d,]+ offsets of \d+ modules of .*\)", repr(one))
+
+
+def test_an_expert_is_saved_to_where_a_link_leads(tmp_path) -> None:
+    expert = Expert.from_pretrained(BANK_FOLDER / "math")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    expert.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and equal(Expert.from_pretrained(tmp_path / "disk"), expert)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]

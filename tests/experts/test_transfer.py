@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from peft_svf import SVFConfig
 from peft_svf.experts import Expert, ExpertError
+from peft_svf.experts.expert import leading_ranks
 from peft_svf.experts.transfer import MatrixTransfer, transfer
 from peft_svf.experts.transfer.interpolation import neighbours, resample, spectra_distance
 from peft_svf.experts.transfer.places import Place
@@ -221,7 +223,7 @@ def test_controls_keep_what_they_say(tiny_llama: Build) -> None:
 def test_facts_say_where_it_comes_from_and_claim_no_training(tiny_llama: Build, tmp_path: Any) -> None:
     expert = expert_of(tiny_llama())
     made = transfer(expert, tiny_llama(seed=1)).expert
-    assert (made.metadata["name"], made.metadata["task"]) == ("sums", "adding") and "steps" not in made.metadata
+    assert (made.metadata["name"], made.metadata["task"]) == ("sums, transferred", "adding") and "steps" not in made.metadata
     origin = made.metadata["origin"]
     assert origin["operation"] == "transfer" and origin["sources"][0]["fingerprint_id"] == expert.fingerprint_id
     loaded = Expert.from_pretrained(made.save_pretrained(tmp_path / "moved"))
@@ -324,3 +326,12 @@ def test_weights_that_are_not_there_are_named(tiny_llama: Build) -> None:
     with pytest.raises(ExpertError, match=r"'model.layers.1.mlp.up_proj' is on the meta device"):
         transfer(expert_of(tiny_llama()), target)
     assert list(target.modules()) == modules
+
+
+def test_the_ranks_of_a_transferred_expert_are_those_of_whole_names() -> None:
+    ranks = leading_ranks(
+        {"layers.0.up": torch.zeros(3), "layers.1.up": torch.zeros(8)}, {"layers.0.up": 8, "layers.1.up": 8}
+    )
+    assert get_pattern_key(list(ranks), "layers.0.up") in ranks
+    assert get_pattern_key(list(ranks), "vision.layers.0.up") not in ranks
+    assert len(ranks) == 1

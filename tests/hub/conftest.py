@@ -52,7 +52,8 @@ def hub(hub_of_module: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("HF_TOKEN", "writer")
     api: Any = __import__("huggingface_hub").hf_api.api  # what `huggingface_hub.create_repo` and the like belong to
     monkeypatch.setattr(api, "endpoint", hub_of_module.url)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # keeps the address of the first Hub that it sees
+    # transformers keeps a client with the address of the first Hub that it sees
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
     return hub_of_module
 
 

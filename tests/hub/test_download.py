@@ -292,6 +292,7 @@ def test_an_expert_in_the_folder_of_a_bank(hub):
         ExpertBank.from_pretrained("user/math")
 
 
+@pytest.mark.slow
 def test_a_second_process_works_offline(hub, in_process):
     hub.put("org/base", BASE)
     hub.put("user/bank", EXPERTS | {"config.json": config(base_model_name_or_path="org/base")})

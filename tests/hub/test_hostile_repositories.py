@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from peft_svf import Transformer2Pipeline
 from peft_svf.experts import Expert, ExpertBank, ExpertError, HubError, adapter_files, download
+from peft_svf.hub import pull
 from peft_svf.playground import BANK_FOLDER
 
 
@@ -242,3 +243,26 @@ def test_a_base_on_somebodys_computer_is_forgotten(hub):
         if kept is None:
             with pytest.raises(ExpertError, match=re.escape(f"cannot load its base model '{name}'")):
                 Transformer2Pipeline("user/math")
+
+
+def test_a_bank_cannot_choose_a_folder_of_whoever_pulls_it(hub, tmp_path):
+    hub.put("user/bank", BANK | {"config.json": config(base_model_name_or_path=str(tmp_path))})
+    with pytest.raises(ExpertError, match="a folder of the computer that it was made on"):
+        pull("user/bank", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
+@pytest.mark.parametrize("revision", ["/etc/hostname", "../../../secret"])
+def test_a_revision_cannot_be_a_path(hub, offline, revision):
+    (Path(constants.HF_HUB_CACHE).parent / "secret").parent.mkdir(parents=True, exist_ok=True)
+    (Path(constants.HF_HUB_CACHE).parent / "secret").write_text("secret")
+    offline()
+    with pytest.raises(HubError, match="is no branch, tag or commit"):
+        download.resolve("user/base", revision, None, "the base model")
+
+
+@pytest.mark.parametrize("architectures", [[[]], [{}]])
+def test_architectures_that_are_no_texts_are_refused(tmp_path, architectures):
+    (tmp_path / "config.json").write_bytes(config(architectures=architectures))
+    with pytest.raises(ExpertError, match="architectures must be one of"):
+        ExpertBank.from_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from peft_svf import ExpertBank, ExpertEntry
 from peft_svf.experts import ExpertError, HubError
+from peft_svf.experts.bank_config import BankConfig
 from peft_svf.hub import push_bank
+from peft_svf.hub.bank_staging import base_of_bank, copy_bank
+from peft_svf.hub.base_reference import BaseReference
 
 
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -183,3 +187,19 @@ def test_the_tokenizer_of_the_bank_is_the_one_that_loads(hub: Any, folder: Path,
     tokenizer.save_pretrained(folder)
     push_bank(folder, "user/bank", base_model="user/base")
     assert ExpertBank.from_pretrained("user/bank").tokenizer.chat_template == "{{ 'changed' }}"
+
+
+def test_a_base_model_in_the_cache_of_the_hub_is_referred_to_by_its_id(folder: Path, tmp_path: Path) -> None:
+    cached = tmp_path / "models--user--base" / "snapshots" / ("a" * 40)
+    cached.mkdir(parents=True)
+    config = dataclasses.replace(BankConfig.read(folder), base_model_name_or_path=str(cached))
+    base, local = base_of_bank(folder, config, (None, None), False, HfApi())
+    assert base == BaseReference("user/base", "a" * 40) and local == str(cached)
+
+
+def test_code_and_pickles_in_the_folder_of_the_base_model_stay_where_they_are(folder: Path, tmp_path: Path) -> None:
+    for name in ("modeling_own.py", "pytorch_model.bin"):
+        (folder / "base" / name).write_text("evil")
+    copy_bank(folder, tmp_path / "copy", keeps_base=True)
+    copied = {path.name for path in (tmp_path / "copy" / "base").iterdir()}
+    assert copied == {path.name for path in (folder / "base").iterdir()} - {"modeling_own.py", "pytorch_model.bin"}

@@ -19,6 +19,7 @@ from peft_svf import Expert
 from peft_svf.experts import ExpertError, HubError
 from peft_svf.hub import push_expert
 from peft_svf.hub.base_reference import on_hub
+from peft_svf.hub.destination import Destination
 from peft_svf.hub.facts import without_local_paths
 
 
@@ -347,3 +348,12 @@ def test_only_a_commit_of_the_hubs_cache_stands_for_its_repository(tmp_path: Pat
     place.mkdir(parents=True)
     found = on_hub(str(place))
     assert (found and (found.model, found.revision)) == (("user/base", commit) if not inside else None)
+
+
+def test_no_message_shows_a_token() -> None:
+    assert "hf_secret" not in repr(Destination("user/expert", token="hf_secret"))
+
+
+def test_what_is_no_path_or_may_not_be_looked_at_is_no_error() -> None:
+    long = f"see /{'x' * 300}/y"
+    assert without_local_paths(long) == long

@@ -105,10 +105,17 @@ def test_code_on_the_card_runs_the_bank_and_adds_an_expert(
 
 
 def test_an_expert_in_a_bank_is_loaded_from_the_bank(bank_folder: Path, read_card: Read) -> None:
-    alone, in_bank = read_card((bank_folder / "math" / "README.md").read_text()).code
-    assert 'from_pretrained(base_model, "user/bank", subfolder="math")' in alone
-    scope: dict[str, Any] = {"base_model": ExpertBank.from_pretrained(BANK_FOLDER).base_model}
-    exec(in_bank.replace('"user/bank"', repr(str(bank_folder))), scope)
+    here = repr(str(bank_folder))
+    pinned, adapter, in_bank = (
+        code.replace('"user/bank"', here)
+        for code in read_card((bank_folder / "math" / "README.md").read_text()).code
+    )
+    scope: dict[str, Any] = {}
+    exec(pinned.replace('pipe({"text": "Your prompt"', 'answers = pipe({"text": "1 + 1?"'), scope)
+    assert scope["answers"][0]["expert"] == "math"
+    exec(adapter, scope)
+    assert scope["model"].peft_config["default"].base_model_name_or_path == "base"
+    exec(in_bank, scope)
     assert "math" in scope["bank"].experts
 
 

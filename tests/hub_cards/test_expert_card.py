@@ -407,17 +407,23 @@ def test_code_on_the_card_runs_the_expert(
     expert.save_pretrained(tmp_path)
     facts = ExpertCardData(name="stories", label="a story", description='says "once"')
     card = write_expert_card(tmp_path, facts, base_model=base_model, pictures=False)
-    alone, in_bank = (
-        code.replace("path/to/this/folder", str(tmp_path)).replace('"org/base"', repr(stories_path))
+    pinned, adapter, in_bank = (
+        code.replace("path/to/this/folder", str(tmp_path))
+        .replace('"org/base"', repr(stories_path))
+        .replace('"path/to/the/base/model"', repr(stories_path))
+        .replace('"Your prompt", "expert": "default"}', '"Once", "expert": "default"}, max_new_tokens=1')
         for code in read_card(card.read_text()).code
     )
-    assert alone.startswith("import peft_svf") and ("AutoPeftModel" in alone) == (base_model is not None)
-    scope: dict[str, Any] = {"base_model": AutoModelForCausalLM.from_pretrained(stories_path)}
-    exec(alone, scope)
+    scope: dict[str, Any] = {}
+    exec(pinned.replace("\npipe(", "\nanswers = pipe("), scope)
+    assert scope["answers"][0]["expert"] == "default"
+    assert adapter.startswith("import peft_svf") and ("AutoPeftModel" in adapter) == (base_model is not None)
+    scope = {}
+    exec(adapter, scope)
     loaded = get_peft_model_state_dict(scope["model"])
     assert loaded.keys() == trained.keys()
     assert all(torch.equal(loaded[name], value) for name, value in trained.items())
-    scope = {"base_model": AutoModelForCausalLM.from_pretrained(stories_path)}
+    scope = {}
     exec(in_bank, scope)
     assert scope["bank"].experts == {"a-story": ExpertEntry("a story", 'says "once"')}
     assert scope["pipe"].bank is scope["bank"]
@@ -432,3 +438,11 @@ def test_importing_the_cards_stays_light() -> None:
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in names:
                 assert name.split(".")[0] in known or name.startswith(("peft_svf.experts", "peft_svf.hub_cards")), path
+
+
+def test_a_score_that_is_taken_back_leaves_no_file_behind(tmp_path: Path) -> None:
+    write_expert_card(tmp_path, ExpertCardData("math", results=(RESULT,)), pictures=False)
+    assert (tmp_path / ".eval_results" / "gsm8k.yaml").is_file()
+    (tmp_path / ".eval_results" / "own.yaml").write_text("kept")
+    write_expert_card(tmp_path, ExpertCardData("math"), pictures=False)
+    assert [path.name for path in (tmp_path / ".eval_results").iterdir()] == ["own.yaml"]

@@ -95,12 +95,12 @@ def test_the_card_of_a_checkpoint_says_what_the_trainer_knows(run: SimpleNamespa
     assert "Results: not recorded." in card.text and card.cell("Training time") == "not recorded"
 
 
-def test_an_upload_during_training_finds_the_card_in_its_folder(run: SimpleNamespace, monkeypatch: Any) -> None:
+def test_a_card_asked_for_lies_in_the_folder_of_the_expert(run: SimpleNamespace, monkeypatch: Any) -> None:
     (run.folder / "README.md").unlink()
-    monkeypatch.setattr(run.trainer, "_staging", run.folder / "_saving")
-    run.trainer.create_model_card()
+    with monkeypatch.context() as patch:
+        patch.setattr(run.trainer, "_staging", run.folder / "_saving")
+        run.trainer.create_model_card()
     assert not (run.folder / "README.md").exists()
-    monkeypatch.setattr(run.trainer.args, "push_to_hub", True)
     run.trainer.create_model_card("named")
     assert "# named" in (run.folder / "README.md").read_text()
 
@@ -149,8 +149,8 @@ def test_a_base_model_that_others_do_not_have_is_refused_before_training(
     assert main([*command, "--push_to_hub"]) == 1
     assert "is a folder, which others do not have" in capsys.readouterr().err
     with pytest.raises(ValueError, match="once, in the end"):
-        train_card.check_can_publish("org/base", None, {"hub_strategy": "every_save"})
-    train_card.check_can_publish("org/base", None, {})
+        train_card.check_can_publish("org/base", {"hub_strategy": "every_save"})
+    train_card.check_can_publish("org/base", {})
     assert not (tmp_path / "out").exists()
 
 

@@ -99,7 +99,7 @@ def test_a_hostile_fact_changes_no_structure(
     assert card.data["tags"] == ["peft", "svf", "transformer2"] and card.data["pipeline_tag"] == "text-generation"
     assert "base_model" not in card.data and "datasets" not in card.data and card.data["license"] == "other"
     assert [len(row) for row in card.rows] == [len(row) for row in expected.rows]
-    assert card.headings[1:] == expected.headings[1:] and len(card.code) == 2
+    assert card.headings[1:] == expected.headings[1:] and len(card.code) == 3
     assert card.html == [] and card.links == expected.links
     for code in card.code:
         ast.parse(code)

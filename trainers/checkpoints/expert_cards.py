@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from peft_svf.experts.base_commit import base_commit
+from peft_svf.experts.live_facts import attach_facts
 from peft_svf.hub_cards import ExpertCardData, write_expert_card
+from peft_svf.trainers.distributed import is_sharded
 
 
 METHOD = "policy gradient (REINFORCE)"
@@ -45,7 +48,7 @@ class WritesExpertCards(GRPOTrainer):
         """Write the card of the expert into `output_dir`, with what the trainer knows and no results.
 
         While a checkpoint is saved, which TRL calls this for, there is no expert in `output_dir`: the card goes into
-        the checkpoint only, unless transformers uploads it from there.
+        the checkpoint only.
 
         Args:
             model_name (`str`, *optional*): Name of the expert. Defaults to the name of the folder.
@@ -54,15 +57,30 @@ class WritesExpertCards(GRPOTrainer):
         """
         if not self._is_svf:
             super().create_model_card(model_name, dataset_name, tags)
-        elif self.is_world_process_zero() and (self._staging is None or self.args.push_to_hub):
+        elif self.is_world_process_zero() and self._staging is None:
             os.makedirs(self.args.output_dir, exist_ok=True)
             write_expert_card(self.args.output_dir, self.expert_facts(model_name, dataset_name), pictures=False)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As [`~transformers.Trainer.train`]; afterwards the live model knows what is known of its expert."""
+        if self._is_svf:
+            self.expert_facts()  # raises for what `card_facts` cannot say, before anything is trained
+        output: TrainOutput = super().train(*args, **kwargs)
+        self._tell_the_model()
+        return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the expert with its card, last: PEFT rewrites the metadata of any card that it finds."""
         super()._save(output_dir, state_dict)
         if self._is_svf and self.args.should_save:
             write_expert_card(output_dir or self.args.output_dir, self.expert_facts(), pictures=False)
+        self._tell_the_model()
+
+    def _tell_the_model(self) -> None:
+        """Keep the facts with the live model, for whoever pushes or banks that."""
+        if self._is_svf and not is_sharded(self):
+            model = self.accelerator.unwrap_model(self.model)
+            attach_facts(model, model.active_adapter, self.expert_facts().to_metadata())
 
     def expert_facts(self, model_name: str | None = None, dataset_name: str | None = None) -> ExpertCardData:
         """

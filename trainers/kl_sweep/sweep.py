@@ -101,7 +101,7 @@ class KLSweep(StartIsACandidate):
 
         Afterwards the winner is loaded and saved in `output_dir`, `args.kl_coef` is its coefficient, and the
         checkpoints of the other runs are deleted. If no expert is better than the base, the model is what it was,
-        `best_is_base` is true and nothing is saved.
+        `best_is_base` is true and nothing is saved. Nothing is uploaded: `push_to_hub` does, if there is a winner.
 
         Called again, also in a new process after an interruption, it skips the coefficients that are finished and
         continues the one that was interrupted from its last checkpoint, to the same numbers. Coefficients that an
@@ -260,7 +260,7 @@ class KLSweep(StartIsACandidate):
             kept = ValidationRewards.load(run_folder / VALIDATION_REWARDS_NAME)
             if 0 in kept and winner.best_step in kept:
                 self.gain_over_base = PairedGain.of(kept[0], kept[winner.best_step])
-            self.save_model(self.args.output_dir)
+            self.save_model(self.args.output_dir, _internal_call=True)  # not pushed
             if self.is_world_process_zero():
                 logger.info(f"Best by `{result.metric}`, {self.gain_over_base}:\n{result}")
         elif self.is_world_process_zero():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,10 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from peft_svf.tuner.layer import SVFLayer, stack_offsets
+from peft_svf.tuner.names import in_layer
 from peft_svf.tuner.offset import SVFOffset
-
-
-LAYER = re.compile(r"(?P<stack>.*?)\.?(?P<index>\d+)\.")  # of "model.layers.3.mlp.up_proj": "model.layers" and 3
 
 
 class OffsetStatistics:
@@ -85,12 +82,12 @@ def groups_of(names: list[str]) -> dict[str, list[int]]:
 
     Where a model has several stacks of layers, the layer has the name of its stack: `layers/encoder.layers.3`.
     """
-    places = [LAYER.match(name) for name in names]
-    stacks = {place["stack"] for place in places if place}
+    places = [in_layer(name) for name in names]
+    stacks = {place.stack for place in places if place}
     groups: dict[str, list[int]] = {}
     for i, place in enumerate(places):
         if place:
-            label = place["index"] if len(stacks) == 1 else f"{place['stack']}.{place['index']}"
+            label = str(place.layer) if len(stacks) == 1 else f"{place.stack}.{place.layer}"
             groups.setdefault(f"layers/{label}", []).append(i)
     for i, name in enumerate(names):
         groups.setdefault(f"modules/{name.rpartition('.')[2]}", []).append(i)

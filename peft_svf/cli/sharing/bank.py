@@ -25,22 +25,22 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add = _action(actions, "add", "add an expert")
     add.add_argument("expert", metavar="[NAME=]EXPERT", help=f"{_PLACE}; its name is the folder's if none is given")
     _add_words(add)
-    _add_revision(add)
+    _add_revision(add, "expert")
 
     remove = _action(actions, "remove", "remove an expert")
-    remove.add_argument("name", help="the expert, or the classifier")
+    remove.add_argument("name", metavar="NAME", help="the expert, or the classifier")
 
     rename = _action(actions, "rename", "give an expert another name")
-    rename.add_argument("name", help="the expert, or the classifier")
+    rename.add_argument("name", metavar="NAME", help="the expert, or the classifier")
     rename.add_argument("new_name", metavar="NEW_NAME", help="its name from now on")
     rename.add_argument("--label", help="the word that a dispatcher scores for it; the one that it has if not given")
 
     describe = _action(actions, "describe", "give an expert another label or description")
-    describe.add_argument("name", help="the expert")
+    describe.add_argument("name", metavar="NAME", help="the expert")
     _add_words(describe)
 
     show = actions.add_parser("list", help="what is in a bank")
-    show.add_argument("bank", nargs="?", default=PLAYGROUND, help=f"{_PLACE} (the playground's)")
+    show.add_argument("bank", nargs="?", metavar="BANK", default=PLAYGROUND, help=f"{_PLACE} (the playground's)")
     show.add_argument("--revision", help="of a bank on the Hub: branch, tag or commit")
     show.set_defaults(run=run)
 
@@ -68,7 +68,7 @@ def _add_create(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add("--classifier", metavar="[NAME=]EXPERT", help="an expert that classifies prompts and answers none")
     add("--instruction", help="of the prompt dispatcher, instead of one made of labels and descriptions")
-    _add_revision(create)
+    _add_revision(create, "base model")
     _add_card(create)
     create.set_defaults(run=run)
 
@@ -88,8 +88,8 @@ def _add_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--description", help="which prompts it is for, one line")
 
 
-def _add_revision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", help="of a base model (create) or an expert (add) on the Hub")
+def _add_revision(parser: argparse.ArgumentParser, of: str) -> None:
+    parser.add_argument("--revision", help=f"revision of the {of} on the Hub: branch, tag or commit")
 
 
 def _add_card(parser: argparse.ArgumentParser) -> None:

@@ -51,7 +51,8 @@ def bank_table(name: str, revision: str | None = None) -> str:
         )
     base = "its own" if config.base_model_name_or_path == BASE_FOLDER else one_line(config.base_model_name_or_path, 90)
     at = f" at {one_line(config.base_revision)}" if config.base_revision else ""
-    title = f"{one_line(name, 90)}: {len(config.experts)} experts, base model: {base}{at}"
+    count = f"{len(config.experts)} expert{'s' * (len(config.experts) != 1)}"
+    title = f"{one_line(name, 90)}: {count}, base model: {base}{at}"
     return f"{title}\n{table(rows, right=(2,))}"
 
 

@@ -21,7 +21,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=DefaultsFormatter,
     )
     add = parser.add_argument
-    add("expert", metavar="EXPERT", help="an expert, or a bank with its experts: a folder or an id on the Hub")
+    add("expert", metavar="EXPERT", help="an expert or a bank: a folder, an id on the Hub, or playground")
     add("--subfolder", metavar="NAME", help="only this expert of a bank")
     add("--revision", help="branch, tag or commit, for an id on the Hub")
     add("--compare", nargs="+", default=[], metavar="EXPERT", help="experts of the same base model to compare with")

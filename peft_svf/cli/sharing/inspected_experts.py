@@ -10,12 +10,15 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from peft_svf.cli.sharing.bank import PLAYGROUND
 from peft_svf.dispatch.few_shot.examples import ADAPTATION_FILE
 from peft_svf.experts.adapter_files import EXPERT_FILE, read_json
-from peft_svf.experts.bank_config import MODEL_TYPE, BankConfig
+from peft_svf.experts.bank_config import BankConfig, is_bank
+from peft_svf.experts.download import download, is_hub_id
 from peft_svf.experts.errors import ExpertError
 from peft_svf.experts.expert import Expert
 from peft_svf.hub_cards import ExpertCardData, expert_card_data
+from peft_svf.playground import BANK_FOLDER
 
 
 LEARNING_CURVE = "learning_curve.csv"
@@ -65,14 +68,14 @@ def find_experts(source: str, subfolder: str | None, revision: str | None = None
     The expert in `source`, or all experts of a bank there.
 
     Args:
-        source (`str`): A folder, or an id on the Hub.
+        source (`str`): A folder, an id on the Hub, or "playground", the bank that comes with the package.
         subfolder (`str`, *optional*): One expert of a bank.
         revision (`str`, *optional*): For an id on the Hub.
 
     Raises:
         ExpertError: There is no such expert, it is damaged, or it holds logits instead of offsets.
     """
-    folder = Path(source)
+    folder = Path(BANK_FOLDER) if source == PLAYGROUND and not Path(source).exists() else Path(source)
     if folder.is_dir():
         if revision is not None:
             raise ExpertError(f"--revision is for ids on the Hub; {source} is a folder.")
@@ -111,9 +114,7 @@ def _read(folder: Path, name: str, source: str, bank: BankConfig | None = None) 
 
 
 def _bank_in(folder: Path) -> BankConfig | None:
-    path = folder / "config.json"
-    is_bank = path.is_file() and read_json(path, f"the bank {folder}", LARGEST).get("model_type") == MODEL_TYPE
-    return BankConfig.read(folder) if is_bank else None
+    return BankConfig.read(folder) if is_bank(folder, f"the bank {folder}") else None
 
 
 def _chosen(bank: BankConfig, subfolder: str | None, source: str) -> list[str]:
@@ -126,10 +127,8 @@ def _chosen(bank: BankConfig, subfolder: str | None, source: str) -> list[str]:
 
 def _downloaded(source: str, revision: str | None) -> tuple[Path, BankConfig | None]:
     """The folder of an expert or a bank on the Hub, of one commit; a base model inside a bank stays there."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not is_hub_id(source):
         raise ExpertError(f"There is no folder {source}, and it is no id on the Hub (user/name).")
-    from peft_svf.experts.download import download
-
     first = download(source, revision, None, ["config.json", CONFIG_NAME], "an expert or a bank")
     bank = _bank_in(first.folder)
     if bank is None:

@@ -15,7 +15,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     add = parser.add_argument
     add("repository", metavar="USER/NAME", help="the expert or bank")
-    add("--revision", metavar="REV", help="branch, tag or commit (the main branch)")
+    add("--revision", help="branch, tag or commit (the main branch)")
     add("--output", type=Path, metavar="FOLDER", help="where to put it (the Hub's cache)")
     parser.set_defaults(run=run)
 

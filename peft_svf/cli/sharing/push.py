@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 
@@ -61,11 +60,9 @@ def _is_bank(folder: Path) -> bool:
     """Whether a folder holds a bank; raises a `ValueError` if it holds no expert either."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
-        config = None
-    if isinstance(config, dict) and config.get("model_type") == "transformer2":
+    from peft_svf.experts.bank_config import is_bank
+
+    if is_bank(folder, str(folder)):
         return True
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(

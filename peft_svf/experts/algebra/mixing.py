@@ -57,6 +57,7 @@ def mix(
     weights_of = _weights_by_module(weights, len(experts), normalize)
     settings = {"residual": residual, "normalize": normalize}
     formula = "offset' = Σ αₖ offsetₖ" if residual else "offset' = Σ αₖ offsetₖ + Σα − 1"
+    formula = "offset' = Σ αₖ offsetₖ / Σα" if normalize else formula
     origin = origin_of("mix", formula, experts, settings, weights)
     return _combine(experts, weights_of, residual, origin, metadata)
 

@@ -71,7 +71,8 @@ def spectra_distance(source: torch.Tensor, target: torch.Tensor) -> float:
     How differently two weights spread over their components: ‖s − t‖₂ / ‖t‖₂.
 
     t are the singular values of the target divided by their sum; s are those of the source, put on the target's
-    components by relative rank, then divided by their sum. 0 for spectra of one shape, whatever their scale.
+    components by relative rank, then divided by their sum. 0 for spectra of one shape, whatever their scale; NaN
+    for a weight of zeros.
 
     Args:
         source, target (`torch.Tensor`): All singular values of a weight, descending, shapes (r,) and (r',).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -208,7 +209,8 @@ class Matching:
         spectra = {name: self.source.matrices[name].spectrum.to(torch.float64) for name in weights}
         parts = {name: resample(s, len(s), matrix.rank) for name, s in spectra.items()}
         mixed = combined({name: part / part.sum() for name, part in parts.items()}, weights)
-        return spectra_distance(mixed, matrix.spectrum)
+        distance = spectra_distance(mixed, matrix.spectrum)
+        return distance if math.isfinite(distance) else None
 
 
 def count_layers(names: list[str], tower: str) -> int:

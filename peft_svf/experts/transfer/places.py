@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+
+from peft_svf.tuner.names import in_layer
 
 
 # Roles as Llama, Mistral, Qwen, Gemma and most others call them, and what else has them: the last part of a name, or
@@ -36,7 +37,6 @@ FUSED = {
 }
 ROUTED = "a routed expert"
 _ROLES = {ending: role for role, endings in EQUIVALENTS.items() for ending in (role, *endings)}
-_IN_LAYER = re.compile(r"(?P<stack>.*?)(?:^|\.)(?P<layer>\d+)\.(?P<tail>.+)")
 _TOWERS = (("vision", ("vision", "visual", "image")), ("audio", ("audio", "speech")), ("encoder", ("encoder",)))
 _CONTEXTS = {
     "cross attention": ("cross_attn", "encoder_attn", "crossattention", "EncDecAttention", "cross_attention"),
@@ -62,11 +62,9 @@ class Place:
     @classmethod
     def of(cls, name: str) -> Place:
         """The place that a module's name tells, like "model.layers.3.mlp.up_proj"."""
-        match = _IN_LAYER.fullmatch(name)
-        stack, tail = (match["stack"], match["tail"]) if match else ("", name)
-        where = stack.lower() if match else name.lower()
-        tower = next((tower for tower, words in _TOWERS if any(word in where for word in words)), "text")
-        return cls(tower, _role(tail.split(".")), int(match["layer"]) if match else None)
+        stack, layer, tail = in_layer(name) or (name, None, name)
+        tower = next((tower for tower, words in _TOWERS if any(word in stack.lower() for word in words)), "text")
+        return cls(tower, _role(tail.split(".")), layer)
 
     @property
     def is_routed(self) -> bool:

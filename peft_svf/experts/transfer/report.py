@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Literal
+
+from peft_svf.text_table import table
 
 
 Status = Literal["matched", "interpolated", "unmatched"]
@@ -23,7 +25,8 @@ class MatrixTransfer:
             `"matched"`: the offsets of one matrix of the same rank, as they are. `"interpolated"`: of another rank, or
             of the two layers nearest in relative depth. `"unmatched"`: nothing fits, it stays as in the base model.
         rank (`int`): Its number of singular values.
-        sources (`Mapping[str, float]`): Matrices of the expert, with their weights, which sum to 1.
+        sources (`Mapping[str, float]`): Matrices of the expert, with their weights, which sum to 1 unless a layer
+            that belongs to them is not adapted.
         source_ranks (`Mapping[str, int]`): Their numbers of singular values.
         components (`int`): How many leading singular values are adapted.
         spectra_distance (`float`, *optional*):
@@ -90,9 +93,9 @@ class TransferReport:
         """A table with a line for every matrix, then the totals."""
         rows: list[tuple[str, ...]] = [("target", "rank", "", "source", "rank", "spectra")]
         rows += [_row(matrix) for matrix in self.matrices]
-        lines = _aligned(rows)
+        lines = [table(rows, indent="")]
         if self.unused:
-            lines += ["", "Goes nowhere:", *_aligned([(name, reason) for name, reason in self.unused.items()])]
+            lines += ["", "Goes nowhere:", table([*self.unused.items()], indent="")]
         totals = self.totals
         lines += ["", ", ".join(f"{totals[status]} {status}" for status in ("matched", "interpolated", "unmatched"))]
         lines[-1] += f" matrices of the target; {totals['unused']} of the expert go nowhere"
@@ -109,8 +112,3 @@ def _row(matrix: MatrixTransfer) -> tuple[str, ...]:
     ranks = ", ".join(dict.fromkeys(map(str, matrix.source_ranks.values())))
     distance = "unknown" if matrix.spectra_distance is None else f"{matrix.spectra_distance:.3f}"
     return matrix.name, str(matrix.rank), matrix.status, sources, ranks, distance
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from peft_svf.experts.algebra.common import origin_of
+from peft_svf.experts.algebra.common import name_of, origin_of
 from peft_svf.experts.base_commit import base_commit
 from peft_svf.experts.errors import ExpertError
-from peft_svf.experts.expert import Expert
+from peft_svf.experts.expert import Expert, leading_ranks
 from peft_svf.experts.transfer.controls import CONTROLS, Control, controlled
 from peft_svf.experts.transfer.interpolation import combined, resample
 from peft_svf.experts.transfer.matching import Matching, Source
@@ -127,13 +127,14 @@ def _made(
         base_model_name_or_path=_name_of(target),
         revision=base_commit(_config_of(target)),
         target_modules=sorted(offsets),
-        rank_pattern={name: len(o) for name, o in offsets.items() if len(o) < matrices[name].rank},
+        rank_pattern=leading_ranks(offsets, {name: matrices[name].rank for name in offsets}),
         inference_mode=True,
         basis_source=common_source({name: matrices[name].layer for name in offsets}),
         base_fingerprint={name: matrices[name].sketch for name in offsets},
     )
     kept = {key: expert.metadata[key] for key in KEPT_FACTS if expert.metadata.get(key) is not None}
     settings = {"control": control, "seed": seed, "same_base": report.same_base, **report.totals}
+    kept["name"] = f"{name_of(expert)}, transferred" + (f" ({control})" if control else "")
     origin = origin_of("transfer", FORMULA, [expert], settings)
     origin["statement"] = STATEMENT + (f" A control: {CONTROLS[control]}." if control else "")
     made = {name: offset.to(torch.float32) for name, offset in offsets.items()}

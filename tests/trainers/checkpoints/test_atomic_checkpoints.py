@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from peft_svf.trainers import SVFPolicyGradientTrainer
 from peft_svf.trainers.checkpoints import checkpoint_files as files
+from peft_svf.trainers.checkpoints.hub_push import PushesExperts
 
 
 MakeTrainer = Callable[..., SVFPolicyGradientTrainer]
@@ -313,11 +315,14 @@ def test_a_checkpoint_is_pushed_from_where_it_stays(
     make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pushed = []
-    monkeypatch.setattr(
-        Trainer,
-        "_push_from_checkpoint",
-        lambda self, folder: pushed.append((folder, files.why_unusable(Path(folder)))),
-    )
+
+    def push(self: Any, folder: str, options: Any) -> Future[None]:
+        pushed.append((folder, files.why_unusable(Path(folder))))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr(PushesExperts, "_push_in_background", push)
     trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
     trainer.args.push_to_hub = True
     trainer.train()

@@ -151,3 +151,10 @@ def test_without_matplotlib_the_error_names_the_remedy(monkeypatch: pytest.Monke
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(ImportError, match=r"pip install peft-svf\[plots\]"):
         plot_learning_curve(history(), tmp_path / "curve.png")
+
+
+@pytest.mark.parametrize("row", ["1,2,3", ",2", "inf,2", "nan,2", "1,abc", '1,"' + "x" * 200_000 + '"'])
+def test_a_damaged_file_is_no_learning_curve(tmp_path, row):
+    (tmp_path / "curve.csv").write_text(f"step,reward\n{row}\n")
+    with pytest.raises(ValueError, match=r"curve\.csv is not a learning curve, or damaged: row"):
+        read_learning_curve(tmp_path / "curve.csv")
