@@ -23,6 +23,7 @@ EXPERT_FILE = "expert.json"  # what is known of the expert: facts for its card
 OFFSET_ENDING = ".svf_offset.weight"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LARGEST_CONFIG, LARGEST_FACTS = 64 * 2**20, 16 * 2**20  # bytes
+DEEPEST = 200  # levels of JSON; an origin takes three for each expert that another was made of
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MODULE = re.compile(r"\w[\w-]*(\.\w[\w-]*)*")
 LARGEST_OFFSETS = 2**26  # numbers in one tensor: 1,024 fused experts of 65,536 components
@@ -101,11 +102,22 @@ def read_json(path: Path, where: str, largest: int) -> dict[str, Any]:
             raise ExpertError(f"{where}: {path.name} is larger than {largest:,} bytes, which no expert needs.")
         text = path.read_text("utf-8")
         content = json.loads(text, object_pairs_hook=_object, parse_float=_number, parse_constant=_number)
+        _check_depth(content)
     except (OSError, ValueError, RecursionError) as error:
         raise ExpertError(f"{where}: {path.name} is damaged ({error}); get or save the expert again.") from error
     if not isinstance(content, dict):
         raise ExpertError(f"{where}: {path.name} holds no JSON object; get or save the expert again.")
     return content
+
+
+def _check_depth(content: Any) -> None:
+    """Cards and reports go through facts by recursion, which Python bounds."""
+    level = [content]
+    for _ in range(DEEPEST):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [item for items in inner for item in items]
+    if level:
+        raise ValueError(f"it is nested more than {DEEPEST} deep")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -105,7 +105,8 @@ class ExpertBank(BankRouting, BankChanges):
         experts = [name if entry.label == name else f"{name} ({entry.label})" for name, entry in self.experts.items()]
         classifier = "" if self.classifier is None else f", classifier {self.classifier}"
         base = getattr(self.base_model.config, "_name_or_path", "") or type(self.base_model).__name__
-        return f"ExpertBank({len(self)} expert{'s' * (len(self) != 1)} on {base!r}: {', '.join(experts) or 'none'}{classifier})"
+        count = f"{len(self)} expert{'s' * (len(self) != 1)}"
+        return f"ExpertBank({count} on {base!r}: {', '.join(experts) or 'none'}{classifier})"
 
     def expert(self, name: str) -> Expert:
         """

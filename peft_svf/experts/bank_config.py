@@ -100,7 +100,9 @@ class BankConfig:
         except (ValueError, RecursionError) as error:
             raise ExpertBankError(f"{path} is not valid JSON ({error}); save the bank again.") from error
         if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
-            raise ExpertBankError(f'{folder} is not a bank: config.json does not say "model_type": "{MODEL_TYPE}".')
+            cached = folder.parent.parent.name.split("--")  # a snapshot in the Hub's cache
+            name = "/".join(cached[1:]) if is_foreign and cached[0] == "models" else folder
+            raise ExpertBankError(f'{name} is not a bank: config.json does not say "model_type": "{MODEL_TYPE}".')
         if not isinstance(config.get("base_model_name_or_path"), str):
             raise ExpertBankError(f"{path} has no base_model_name_or_path (a string).")
         _check_base(config["base_model_name_or_path"], path, is_foreign)

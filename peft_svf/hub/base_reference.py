@@ -111,5 +111,6 @@ def _check_base(files: set[str], model: str, what: str) -> None:
             f"{model} is a bank, which holds its base model in a folder, and the base model of {what} must have a "
             "repository of its own; push the base model there (its push_to_hub), and give that id."
         )
-    if "adapter_config.json" in files and "config.json" not in files or "modeling_transformer2.py" in files:
+    is_adapter = "adapter_config.json" in files and "config.json" not in files
+    if is_adapter or "modeling_transformer2.py" in files:
         raise HubError(f"{model} holds experts, and is no base model; give the id of the base model of {what}.")

@@ -184,6 +184,7 @@ def test_processes_share_the_prompts_and_keep_their_order(monkeypatch: pytest.Mo
         (["hi", "--expert", "poetry"], "Unknown expert 'poetry'"),
         (["hi", "--mix", "poetry=1"], "Unknown expert 'poetry'"),
         (["hi", "--model", "/nowhere"], "there is no bank or base model '/nowhere'"),
+        (["hi", "--model", str(BANK_FOLDER / "math")], "an expert is given by --adapter, and its base model by"),
         (["hi", "--adapter", "/nowhere"], "/nowhere"),
         (["hi", "--adapter", f"math={BANK_FOLDER / 'math'}"], "has an expert 'math' already"),
         (["hi", "--dispatcher", "classifier"], "pass one with --classifier"),

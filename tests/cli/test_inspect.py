@@ -53,6 +53,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return error
 
 
+def test_the_bank_of_the_package_is_known_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(capsys, "playground", "--subfolder", "math") == inspect(capsys, MATH)
+
+
 class TestReport:
     def test_facts_missing_ones_as_missing_and_the_table(
         self, capsys: pytest.CaptureFixture[str], saved: Path

@@ -259,6 +259,13 @@ def based_on(base: float) -> Expert:
     return other
 
 
+def test_the_formula_says_that_weights_were_normalized():
+    mixed = algebra.mix([expert(1), expert(2)], [0.6, 0.9], normalize=True)
+    by_hand = algebra.mix([expert(1), expert(2)], [0.6 / 1.5, 0.9 / 1.5])
+    assert mixed.metadata["origin"]["formula"] == "offset' = Σ αₖ offsetₖ / Σα"
+    assert all(torch.allclose(value, by_hand.offsets[name]) for name, value in mixed.offsets.items())
+
+
 OPERATIONS: dict[str, Callable[[Expert, Expert], Any]] = {
     "mix": lambda a, b: algebra.mix([a, b], [1, 1]),
     "interpolate": lambda a, b: algebra.interpolate(a, b, 0.5),

@@ -223,7 +223,8 @@ def test_controls_keep_what_they_say(tiny_llama: Build) -> None:
 def test_facts_say_where_it_comes_from_and_claim_no_training(tiny_llama: Build, tmp_path: Any) -> None:
     expert = expert_of(tiny_llama())
     made = transfer(expert, tiny_llama(seed=1)).expert
-    assert (made.metadata["name"], made.metadata["task"]) == ("sums, transferred", "adding") and "steps" not in made.metadata
+    assert (made.metadata["name"], made.metadata["task"]) == ("sums, transferred", "adding")
+    assert "steps" not in made.metadata
     origin = made.metadata["origin"]
     assert origin["operation"] == "transfer" and origin["sources"][0]["fingerprint_id"] == expert.fingerprint_id
     loaded = Expert.from_pretrained(made.save_pretrained(tmp_path / "moved"))

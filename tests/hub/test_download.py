@@ -14,6 +14,7 @@ from transformers import pipeline
 
 from peft_svf import Transformer2Pipeline
 from peft_svf.experts import Expert, ExpertBank, ExpertError, HubError, download
+from peft_svf.hub import pull
 from peft_svf.playground import BANK_FOLDER
 
 
@@ -194,6 +195,20 @@ def test_what_is_no_repository_is_not_asked_for(hub, name):
             with pytest.raises(ExpertError, match=r"no Hub id|There is no"):
                 load(name)
     assert hub.asked() == []
+
+
+@pytest.mark.parametrize("name", ["https://huggingface.co/user/math", "./math", "user/a b"])
+def test_pulling_what_is_no_id_says_what_an_id_is(hub, name):
+    with pytest.raises(HubError, match="that is no id on the Hub, which is USER/NAME"):
+        pull(name)
+    assert hub.asked() == []
+
+
+def test_a_model_that_is_no_bank_is_called_by_its_id(hub):
+    hub.put("user/base", {"config.json": b'{"model_type": "llama"}'})
+    for load in (ExpertBank.from_pretrained, Transformer2Pipeline):
+        with pytest.raises(ExpertError, match=r"^user/base is not a bank: config\.json does not say"):
+            load("user/base")
 
 
 def test_an_interrupted_download_leaves_nothing_half_written(hub, monkeypatch):

@@ -125,6 +125,10 @@ HOSTILE: dict[str, tuple[dict[str, bytes | None], str]] = {
         "base_model_name_or_path must be",
     ),
     "modules that are a number": ({"adapter_config.json": adapter(target_modules=5)}, "target_modules must be"),
+    "deep facts": (
+        {"expert.json": b'{"a": ' * 400 + b"1" + b"}" * 400},
+        "expert.json is damaged .*more than 200 deep",
+    ),
     "facts that are not finite": ({"expert.json": b'{"score": 1e999}'}, "expert.json is damaged"),
 }
 

@@ -215,6 +215,34 @@ def test_a_refusal_names_the_remedy(
 
 
 @pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": b"{}", "base/config.json": b"{}"}, "is a bank.*a repository of its own"),
+        ({"config.json": b"{}", "modeling_transformer2.py": b""}, "holds experts, and is no base model"),
+        ({"adapter_config.json": b"{}"}, "holds experts, and is no base model"),
+    ],
+    ids=["bank with its base", "bank", "expert"],
+)
+def test_a_base_model_is_no_bank_and_no_expert(
+    hub: Any, expert: Expert, files: dict[str, bytes], message: str
+) -> None:
+    hub.put("user/experts", files)
+    with pytest.raises(HubError, match=f"user/experts {message}"):
+        push_expert(expert, "user/expert", base_model="user/experts")
+    assert set(hub.repositories) == {("model", "user/experts")}
+
+
+@pytest.mark.parametrize("name", ["a b", "a..b", "a/", ".a", "a.lock", "-a", ""])
+def test_a_name_that_git_does_not_take_is_refused_before_anything_is_sent(
+    hub: Any, expert: Expert, base: str, name: str
+) -> None:
+    for kind in ("branch", "tag"):
+        with pytest.raises(HubError, match=f"cannot name a {kind}: use letters"):
+            push_expert(expert, "user/expert", base_model="user/base", **{kind: name})  # type: ignore[arg-type]
+    assert set(hub.repositories) == {("model", "user/base")}
+
+
+@pytest.mark.parametrize(
     ("asked", "fault"),
     [
         ("POST .*/commit/", {"drop": "before"}),

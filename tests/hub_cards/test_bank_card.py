@@ -107,8 +107,7 @@ def test_code_on_the_card_runs_the_bank_and_adds_an_expert(
 def test_an_expert_in_a_bank_is_loaded_from_the_bank(bank_folder: Path, read_card: Read) -> None:
     here = repr(str(bank_folder))
     pinned, adapter, in_bank = (
-        code.replace('"user/bank"', here)
-        for code in read_card((bank_folder / "math" / "README.md").read_text()).code
+        code.replace('"user/bank"', here) for code in read_card((bank_folder / "math" / "README.md").read_text()).code
     )
     scope: dict[str, Any] = {}
     exec(pinned.replace('pipe({"text": "Your prompt"', 'answers = pipe({"text": "1 + 1?"'), scope)

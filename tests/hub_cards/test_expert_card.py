@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from peft_svf import Expert, SVFConfig, hub_cards
-from peft_svf.experts import ExpertEntry
+from peft_svf.experts import ExpertEntry, algebra
 from peft_svf.experts.algebra import mix
 from peft_svf.experts.errors import ExpertError
 from peft_svf.hub_cards import (
@@ -30,6 +30,7 @@ from peft_svf.hub_cards import (
     render_expert_card,
     write_expert_card,
 )
+from peft_svf.hub_cards.expert_sections import OPERATIONS
 from peft_svf.playground import BANK_FOLDER
 
 
@@ -272,6 +273,22 @@ def test_an_expert_that_was_not_trained_says_how_it_was_made(read_card: Read) ->
         "",
     ] in card.rows
     assert ["control", "shuffled"] in card.rows and "\nNothing was gained.\n" in card.text
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name not in ("adapt", "import")])
+def test_the_card_has_a_sentence_for_what_algebra_and_transfer_do(operation: str) -> None:
+    origin = {"operation": operation, "settings": {"control": None, "residual": True, "normalize": False, "seed": 3}}
+    text = render_expert_card(ExpertCardData.from_metadata({"name": "made", "origin": origin}))
+    assert OPERATIONS[operation] in text and "| seed | 3 |" in text
+    assert not any(word in text for word in ("| control", "| residual", "| normalize"))
+
+
+def test_every_operation_of_the_algebra_has_a_sentence() -> None:
+    one = Expert.from_pretrained(BANK_FOLDER / "math")
+    made = [algebra.mix([one], [1.0]), algebra.average([one, one]), algebra.difference(one, one)]
+    made += [algebra.interpolate(one, one, 0.5), algebra.scale(one, 2.0), algebra.negate(one), algebra.reverse(one)]
+    made += [algebra.top_components(one, 3), algebra.shuffle(one, 0), algebra.random_like(one, 0)]
+    assert {expert.metadata["origin"]["operation"] for expert in made} <= set(OPERATIONS)
 
 
 def test_local_base_model_is_named_but_never_becomes_metadata(
