@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo, run_as_future
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils import PushInProgress
+from transformers.utils.hub import PushInProgress
 
 from peft_svf.experts.errors import ExpertError
 from peft_svf.hub.base_reference import on_hub
@@ -122,7 +122,8 @@ class PushesExperts(WritesExpertCards):
         options = {"commit_message": f"Training in progress, {where}", "facts": self._title(None)}
         job = self._push_in_background(checkpoint_folder, options)
         if running is None or running.is_done():
-            self.push_in_progress = PushInProgress([job])
+            jobs: Any = [job]  # what transformers' annotation, a single future, is not
+            self.push_in_progress = PushInProgress(jobs)
         else:
             running.jobs.append(job)
 
