@@ -3,10 +3,20 @@
     python examples/transfer_expert.py --to FOLDER                      # one expert: report, then success and controls
     python examples/transfer_expert.py --study --to FOLDER FOLDER ...   # Tables 5 and 9 in miniature, resumable
 
-Other bases for the playground come from examples/tiny_lab/pretrain.py, with another seed, width or depth. An expert
-that was transferred is compared with the base model and with controls on the same prompts: its offsets in another
-order, or random ones of the same size. Only what is better than its controls owes that to the order of the singular
-values. In the paper plain transfer gains nothing on the training tasks. Whoever wins is printed.
+An expert that was transferred is compared with the base model and with controls on the same prompts: its offsets in
+another order, or random ones of the same size. Only what is better than its controls owes that to the order of the
+singular values. The README has the tables of this study. In short: worth a try on a descendant of the expert's own base
+model, beside a shuffled control; between bases that were trained apart it was worth next to nothing, and 20 steps of
+training on the target far more.
+
+The bases of the study, from examples/tiny_lab:
+
+    python pretrain.py --threads 1 --output seed --seed 1
+    python pretrain.py --threads 1 --output continued --seed 4 --steps 300 --start-from BANK/base
+    python pretrain.py --threads 1 --output width --seed 2 --hidden-size 112
+    python pretrain.py --threads 1 --output depth --seed 3 --layers 5 --steps 1200
+
+BANK is `python -c "from peft_svf.playground import BANK_FOLDER; print(BANK_FOLDER)"`.
 """
 
 from __future__ import annotations
