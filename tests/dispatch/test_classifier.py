@@ -162,7 +162,7 @@ def test_a_missing_classifier_is_named(build, character_tokenizer, given, messag
 def test_an_adapter_of_another_type_is_refused(bank, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no classifier in .* is of type LORA; a bank holds SVF adapters"):
+    with pytest.raises(ValueError, match=r"no classifier in .* is of type LORA; experts are SVF adapters"):
         ClassifierDispatcher(bank, tmp_path)
 
 

@@ -27,7 +27,8 @@ def test_a_saved_pipeline_answers_as_before(tmp_path):
     assert not (folder / "base").exists()  # its base has a checkpoint
     loaded = pipeline(model=str(folder))
     assert type(loaded) is Transformer2Pipeline
-    assert loaded.bank.experts["second"] == ExpertEntry("sums")
+    described = playground.experts["math"].description  # which is also what the facts of the second say
+    assert loaded.bank.experts["second"] == playground.experts["second"] == ExpertEntry("sums", described)
     options = {"batch_size": 2, "max_new_tokens": 12}
     records = loaded(PROMPTS, **options)
     assert records == pipe(PROMPTS, **options)
