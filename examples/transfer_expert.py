@@ -5,9 +5,9 @@
 
 An expert that was transferred is compared with the base model and with controls on the same prompts: its offsets in
 another order, or random ones of the same size. Only what is better than its controls owes that to the order of the
-singular values. The README has the tables of this study. In short: worth a try on a descendant of the expert's own base
-model, beside a shuffled control; between bases that were trained apart it was worth next to nothing, and 20 steps of
-training on the target far more.
+singular values. The README has the tables of this study. In short: worth a try on a descendant of the expert's own
+base model, beside a shuffled control; between bases that were trained apart it was worth next to nothing, and 20 steps
+of training on the target far more.
 
 The bases of the study, from examples/tiny_lab:
 
