@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 
@@ -38,30 +40,20 @@ def push_model(
         HubError, ExpertError: See [`~peft_svf.hub.push_expert`].
     """
     message = commit_message or DEFAULT_MESSAGE
+    options: dict[str, Any] = {
+        "private": private,
+        "token": token,
+        "branch": revision,
+        "commit_message": message,
+        "commit_description": commit_description,
+        "create_pr": create_pr,
+        "tags": tuple(tags or ()),
+    }
     bank = getattr(model, "expert_bank", None)
     if bank is not None:
-        pushed = push_bank(
-            bank,
-            repo_id,
-            private=private,
-            token=token,
-            branch=revision,
-            commit_message=message,
-            commit_description=commit_description,
-            create_pr=create_pr,
-            tags=tags or (),
-        )
+        pushed = push_bank(bank, repo_id, **options)
     else:
-        destination = Destination(
-            repo_id,
-            private=private,
-            token=token,
-            branch=revision,
-            commit_message=message,
-            commit_description=commit_description,
-            create_pr=create_pr,
-            tags=tuple(tags or ()),
-        ).with_namespace()
+        destination = Destination(repo_id, **options).with_namespace()
         active = model.active_adapter
         others = [name for name in model.peft_config if name != active]
         pushed = push_experts({"": (model, active), **{name: (model, name) for name in others}}, destination)
