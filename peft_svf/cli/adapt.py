@@ -27,7 +27,7 @@ from peft_svf.dispatch.few_shot import Adaptation, FewShotDispatcher, Fitness, M
 from peft_svf.dispatch.few_shot.examples import ADAPTATION_FILE, row_hashes
 from peft_svf.experts import BASE_LABEL, ExpertBank
 from peft_svf.experts.adapter_files import read_facts
-from peft_svf.hub_cards import ExpertCardData, ExpertResult, write_expert_card
+from peft_svf.hub_cards import ExpertCardData, write_expert_card
 from peft_svf.plots import check_picture, plot_mixture_weights
 from peft_svf.trainers.evaluation import Evaluation, evaluate
 from peft_svf.trainers.tasks import Task
@@ -294,18 +294,7 @@ def report(evaluations: list[Evaluation], name: str, task: Task, rows: Dataset, 
 
 def write_card(output: Path, task: Task, base: Evaluation, mixture: Evaluation) -> None:
     """The expert's card, with the success on unseen prompts before that on the examples."""
-    gain, low, high = mixture.gain_over(base)
-    unseen = ExpertResult(
-        task=f"{task.name}, unseen prompts",
-        n=base.prompts,
-        base=base.success,
-        base_interval=base.interval,
-        expert=mixture.success,
-        expert_interval=mixture.interval,
-        gain=gain,
-        gain_interval=(low, high),
-        notes="greedy answers",
-    )
+    unseen = results.compared(f"{task.name}, unseen prompts", base, mixture, "greedy answers")
     facts = ExpertCardData.from_metadata(read_facts(output, str(output)))
     environment = results.environment()
     known = dataclasses.replace(

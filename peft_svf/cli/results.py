@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from peft_svf.cli.terminal import table, with_interval
+from peft_svf.hub_cards import Benchmark, ExpertResult
 from peft_svf.trainers.evaluation import Evaluation
 
 
@@ -52,6 +53,25 @@ def result_entry(evaluation: Evaluation, base: Evaluation | None = None) -> dict
         mean, low, high = evaluation.gain_over(base)
         entry["gain_over_base"] = {"mean": mean, "interval": [low, high]}
     return entry
+
+
+def compared(
+    task: str, base: Evaluation, expert: Evaluation, notes: str, benchmark: Benchmark | None = None
+) -> ExpertResult:
+    """Base model and expert on the same prompts, for a card."""
+    gain, low, high = expert.gain_over(base)
+    return ExpertResult(
+        task=task,
+        n=base.prompts,
+        base=base.success,
+        base_interval=base.interval,
+        expert=expert.success,
+        expert_interval=expert.interval,
+        gain=gain,
+        gain_interval=(low, high),
+        benchmark=benchmark,
+        notes=notes,
+    )
 
 
 def evaluated_on(rows: Dataset, split: str, seed: int, max_new_tokens: int) -> dict[str, Any]:

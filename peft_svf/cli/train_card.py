@@ -63,20 +63,9 @@ def write_card(
 
 def measured(task: Task, arguments: TrainArguments, base: Evaluation, expert: Evaluation) -> ExpertResult:
     """The comparison on the test prompts."""
-    gain, low, high = expert.gain_over(base)
     unjudged = f", {expert.unjudged} of the expert's could not be judged" if expert.unjudged else ""
-    return ExpertResult(
-        task=f"{task.name}, test",
-        n=base.prompts,
-        base=base.success,
-        base_interval=base.interval,
-        expert=expert.success,
-        expert_interval=expert.interval,
-        gain=gain,
-        gain_interval=(low, high),
-        benchmark=benchmark(task, arguments),
-        notes=f"greedy answers{unjudged}",
-    )
+    notes = f"greedy answers{unjudged}"
+    return results.compared(f"{task.name}, test", base, expert, notes, benchmark(task, arguments))
 
 
 def benchmark(task: Task, arguments: TrainArguments) -> Benchmark | None:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
-import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -26,8 +25,6 @@ from peft_svf.experts.bank_config import BASE_FOLDER, VISION_LANGUAGE, BankConfi
 from peft_svf.experts.download import Download, download, is_hub_id, matching, remember, resolve
 from peft_svf.experts.errors import ExpertError
 from peft_svf.experts.live_facts import attach_facts
-from peft_svf.tuner.adapted import wrapping_modules
-from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.rollback import Rollback
 
 
@@ -206,7 +203,6 @@ def load_expert(model: PreTrainedModel | PeftModel, folder: Path, name: str, whe
     try:
         with _undone_on_failure(model):
             loaded = _put_into(model, folder, name)
-            _check_finite(loaded, name)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ExpertBankError(f"Expert '{name}' of {where} cannot be loaded: {error}") from error
     if loaded.peft_config[name].base_model_name_or_path == BASE_FOLDER:
@@ -235,14 +231,6 @@ def _put_into(model: PreTrainedModel | PeftModel, folder: Path, name: str) -> Pe
         return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
     model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
     return model
-
-
-def _check_finite(model: PeftModel, name: str) -> None:
-    for layer in wrapping_modules(model.get_base_model()):
-        if isinstance(layer, SVFLayer) and name in layer.svf_offset:
-            values = layer.svf_offset[name].get_parameter("weight")
-            if not (values.is_meta or torch.isfinite(values).all()):
-                raise ValueError(f"'{layer.svf_name}' has offsets that are not finite; train or save the expert again")
 
 
 @contextmanager

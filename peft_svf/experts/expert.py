@@ -24,8 +24,8 @@ from peft_svf.experts.bank_loading import expert_folder, load_expert, names_hub_
 from peft_svf.experts.errors import ExpertError
 from peft_svf.experts.files import make_readable, replaced_folder
 from peft_svf.experts.live_facts import facts_of
-from peft_svf.tuner.adapted import adapted_layers
 from peft_svf.tuner.config import SVFConfig
+from peft_svf.tuner.layer import SVFLayer
 from peft_svf.tuner.names import PEFT_PREFIX, name_in_base
 
 
@@ -150,17 +150,16 @@ class Expert:
             ExpertError: There is no SVF adapter of this name, or its values are not finite.
         """
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-        layers = adapted_layers(model, adapter_name)
         live = getattr(model, "peft_config", {}).get(adapter_name)
-        if not layers or not isinstance(live, SVFConfig):
-            raise ExpertError(f"The model has no SVF adapter '{adapter_name}'; it has {adapters_of(model)}.")
         offsets = {}
         for name, module in model.named_modules():
-            if any(module is layer for layer in layers.values()):
+            if isinstance(module, SVFLayer) and adapter_name in module.svf_offset:
                 offset = module.offset(adapter_name).detach().to("cpu", torch.float32, copy=True)
                 if not torch.isfinite(offset).all():
                     raise ExpertError(f"The offsets of '{name_in_base(name)}' are not finite; train the expert again.")
                 offsets[name_in_base(name)] = offset
+        if not offsets or not isinstance(live, SVFConfig):
+            raise ExpertError(f"The model has no SVF adapter '{adapter_name}'; it has {adapters_of(model)}.")
         state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         others = {
             PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): value.detach().cpu().clone()

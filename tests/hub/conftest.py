@@ -15,6 +15,7 @@ from huggingface_hub.utils import close_session
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import hub_playground  # noqa: F401
 from hub_server import HubServer
 
 

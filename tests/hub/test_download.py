@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_playground import BANK, BASE, EXPERTS, MATH, adapter, config
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save
 from transformers import pipeline
@@ -19,25 +20,6 @@ from peft_svf.playground import BANK_FOLDER
 
 
 QUESTION = "Tom has 23 apples and buys 18 more. How many apples does Tom have?"
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-BANK = content_of(BANK_FOLDER)
-BASE = {path.removeprefix("base/"): content for path, content in BANK.items() if path.startswith("base/")}
-EXPERTS = {path: content for path, content in BANK.items() if path.split("/")[0] in ("math", "code", "reasoning")}
-MATH = {path.removeprefix("math/"): content for path, content in BANK.items() if path.startswith("math/")}
-CONFIG, ADAPTER = json.loads(BANK["config.json"]), json.loads(MATH["adapter_config.json"])
-
-
-def config(**changes: Any) -> bytes:
-    return json.dumps(CONFIG | changes).encode()
-
-
-def adapter(**changes: Any) -> bytes:
-    return json.dumps(ADAPTER | changes).encode()
 
 
 def scaled(factor: float) -> dict[str, bytes]:

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from hub_playground import BANK, EXPERTS, MATH, adapter, config
 from huggingface_hub import constants
 from safetensors.torch import save
 
 from peft_svf import Transformer2Pipeline
 from peft_svf.experts import Expert, ExpertBank, ExpertError, HubError, adapter_files, download
 from peft_svf.hub import pull
-from peft_svf.playground import BANK_FOLDER
 
 
 ENDING = ".svf_offset.weight"
 DOWN_PROJ = f"base_model.model.model.layers.0.mlp.down_proj{ENDING}"
-BANK = {str(path.relative_to(BANK_FOLDER)): path.read_bytes() for path in BANK_FOLDER.rglob("*") if path.is_file()}
-EXPERTS = {path: content for path, content in BANK.items() if path.split("/")[0] in ("math", "code", "reasoning")}
-MATH = {path.removeprefix("math/"): content for path, content in BANK.items() if path.startswith("math/")}
-CONFIG, ADAPTER = json.loads(BANK["config.json"]), json.loads(MATH["adapter_config.json"])
-
-
-def config(**changes: Any) -> bytes:
-    return json.dumps(CONFIG | changes).encode()
-
-
-def adapter(**changes: Any) -> bytes:
-    return json.dumps(ADAPTER | changes).encode()
 
 
 def cached_files() -> list[Path]:
